@@ -1,0 +1,275 @@
+"""BVPO as a LightningModule: two losses, two backward passes, one mixed gradient a step.
+
+How this differs from the paper (arXiv 2510.05095):
+- α need not be fixed at 0.5: `mixing` sets it step by step from past steps only, and α̂ is estimated and logged for the
+  batch that the optimizer sees, whatever α is in use.
+- The two gradients come from two backward passes instead of one over the summed losses. The mixture is the same number;
+  the separate gradients are what the statistics are made of, and each graph is freed before the next one is built.
+- Dropout is off in policy and reference, so that both losses are ln 2 at step 0.
+
+α̂ minimises the mean squared error of the raw gradient. AdamW and clipping rescale that gradient, and the bound that makes
+this error the right target is tight at a step of 1/L only: read α̂ as a statement about the gradient, not about accuracy.
+
+Shapes: B rows of a microbatch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from bvpo.data import PairData
+from bvpo.errors import UserError
+from bvpo.gradients import GradientMixer, Sketch
+from bvpo.losses import DPO, PreferenceLoss
+from bvpo.mixing import AlphaEstimate, Fixed, MixingPolicy, estimate_alpha
+from bvpo.moments import GradientWindow
+from bvpo.pairs import BRANCHES, Branch, PairBatch, SequenceBatch
+from bvpo.policy import LiveReference, Reference, load_policy, resolve_model, sequence_logps
+from bvpo.records import StepRecord, branch_metrics, gradient_metrics, window_metrics
+
+SKIPS_IN_A_ROW = 10
+
+
+class BVPO(L.LightningModule):
+    """Policy, frozen reference, and the training step.
+
+    Args:
+        policy: The model to train: a Hub id, a folder saved by `save_pretrained`, or `builtin:tiny_reasoner`.
+        reference: The model it is held to; by default the policy as it is before training.
+        reference_logps: Where the reference's log-probabilities come from: `live` keeps a frozen copy in memory.
+        loss: The preference loss, applied to the trace pairs and to the empty-trace pairs.
+        beta: Replaces the loss's own beta.
+        mixing: What sets α, the weight of the trace gradient.
+        learning_rate: Peak learning rate of AdamW.
+        warmup_steps: Optimizer steps over which the learning rate rises from 0.
+        schedule: What the learning rate does after that, until the last optimizer step.
+        weight_decay: AdamW's decoupled weight decay.
+        accumulate: Microbatches of an optimizer step on a rank.
+        clip: Largest norm of the mixed gradient; 0 does not clip.
+        sketch_size: Numbers kept of a unit's gradient for the statistics; a model with fewer parameters is kept exactly.
+    """
+
+    def __init__(
+        self,
+        policy: str = "builtin:tiny_reasoner",
+        reference: str | None = None,
+        reference_logps: Literal["live"] = "live",
+        loss: PreferenceLoss = DPO(),
+        beta: float | None = None,
+        mixing: MixingPolicy = Fixed(),
+        learning_rate: float = 1e-6,
+        warmup_steps: int = 0,
+        schedule: Literal["constant", "linear", "cosine"] = "cosine",
+        weight_decay: float = 0.0,
+        accumulate: int = 1,
+        clip: float = 1.0,
+        sketch_size: int = 65_536,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        for name, least, value in (
+            ("learning_rate", 0, learning_rate),
+            ("warmup_steps", 0, warmup_steps),
+            ("weight_decay", 0, weight_decay),
+            ("accumulate", 1, accumulate),
+            ("clip", 0, clip),
+            ("sketch_size", 1, sketch_size),
+        ):
+            if not value >= least:
+                raise UserError(f"{name} must be ≥ {least}, got {value}")
+        for model in (policy, reference):
+            if model is not None:
+                resolve_model(model)
+        self.policy_name, self.reference_name = policy, reference
+        self.loss = loss if beta is None else loss.with_beta(beta)
+        self.mixing = mixing
+        self.learning_rate, self.warmup_steps, self.schedule = learning_rate, warmup_steps, schedule
+        self.weight_decay, self.accumulate, self.clip, self.sketch_size = weight_decay, accumulate, clip, sketch_size
+
+        self.reference: Reference | None = None
+        self.estimate: AlphaEstimate | None = None
+        self.metrics: dict[str, float] = {}  # of the last optimizer step
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+        self._step: StepRecord | None = None
+
+    # ------------------------------------------------------------------ models, statistics, optimizer
+
+    def configure_model(self) -> None:
+        """Load policy and reference, once; in the precision that the trainer has made the default."""
+        if hasattr(self, "policy"):
+            return
+        self.policy = load_policy(self.policy_name, torch.get_default_dtype())
+        if self.reference_name in (None, self.policy_name):
+            self.reference = LiveReference.copy_of(self.policy)
+        else:
+            assert self.reference_name is not None
+            self.reference = LiveReference(load_policy(self.reference_name, torch.get_default_dtype()))
+        if self.mixing.window:
+            dtype = torch.promote_types(self.policy.dtype, torch.float32)
+            self.window = GradientWindow(self.mixing.window * self._units_a_step, self._sketch().width, dtype)
+
+    def _sketch(self) -> Sketch:
+        return Sketch(sum(p.numel() for p in self._trained()), self.sketch_size)
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.policy.parameters() if p.requires_grad]
+
+    @property
+    def _units_a_step(self) -> int:
+        return 1 if self._step_is_unit else self.accumulate
+
+    @property
+    def _step_is_unit(self) -> bool:
+        """Microbatches that were bucketed by length are no random subsets: only the whole step is."""
+        return self._data.bucket_by_length
+
+    def configure_optimizers(self) -> Any:
+        optimizer = AdamW(self._trained(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        total = self.total_steps
+        scale = LambdaLR(optimizer, lambda step: learning_rate_scale(step, total, self.warmup_steps, self.schedule))
+        return [optimizer], [scale]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole fit: the trainer's estimate does not know our accumulation."""
+        if self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        return self._data.sampler().steps * (self.trainer.max_epochs or 1)
+
+    def on_fit_start(self) -> None:
+        assert self.reference is not None
+        self.reference.to(self.device)
+        self.gradients = GradientMixer(self._trained(), self._sketch() if self.mixing.window else None)
+        self.batch_rows = self._data.sampler().step_rows
+        if self.mixing.window and int(self.window.seen):  # resumed: α of the next step comes from the restored window
+            self.estimate = estimate_alpha(self.window.moments(), self.batch_rows, self.mixing.anchor)
+
+    def on_fit_end(self) -> None:
+        self.gradients.close()
+
+    @property
+    def _data(self) -> PairData:
+        return cast(PairData, cast(Any, self.trainer).datamodule)
+
+    # ------------------------------------------------------------------ the training step
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> None:
+        if self._step is None:
+            self._step = StepRecord(self.mixing.weight(self.global_step, self.estimate))
+        alpha = self._step.alpha
+        for branch, sequences, weight in (("trace", batch.trace, alpha), ("empty", batch.empty, 1 - alpha)):
+            if weight or self.mixing.window:
+                self._backward(self._step, cast(Branch, branch), sequences, weight)
+        self._step.prompts.append(batch.prompts)
+        if batch.closes_step:
+            self._optimize(self._step)
+            self._step = None
+
+    def _backward(self, step: StepRecord, branch: Branch, sequences: SequenceBatch, weight: float) -> None:
+        """One estimator's pass over one microbatch: its gradient goes, weighted, into the mixture."""
+        assert self.reference is not None
+        with self.gradients.collecting(weight) as sketch:
+            policy, reference = sequence_logps(self.policy, sequences), self.reference.logps(sequences)
+            losses = self.loss(policy, reference)  # (B,)
+            self.manual_backward(losses.sum() / sequences.step_pairs)
+        metrics = branch_metrics(branch, losses.detach(), policy, reference, self.loss.beta)
+        step.add(branch, metrics, sequences, sketch)
+
+    def _optimize(self, step: StepRecord) -> None:
+        """Clip, step, schedule; then the window of units, α̂ and the log."""
+        optimizer, scheduler = cast(LightningOptimizer, self.optimizers()), cast(LambdaLR, self.lr_schedulers())
+        self.gradients.release()
+        norm = torch.nn.utils.clip_grad_norm_(self._trained(), self.clip or math.inf)
+        units = step.units()
+        tensors = step.means() | {"gradient/mixed_norm": norm} | (gradient_metrics(units) if units else {})
+        values = torch.stack([value.detach().double().to(self.device) for value in tensors.values()]).tolist()
+        metrics = dict(zip(tensors, values, strict=True))
+        metrics |= {"mixing/alpha": step.alpha, "learning_rate": scheduler.get_last_lr()[0]}
+        number = self.global_step
+        if not self._finite(metrics, number):
+            optimizer.zero_grad()
+            return
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        if units is not None:
+            units = units.merged() if self._step_is_unit else units
+            self.window.update(units.trace, units.empty, units.rows, units.prompts, number)
+            moments = self.window.moments()
+            self.estimate = estimate_alpha(moments, self.batch_rows, self.mixing.anchor)
+            metrics |= window_metrics(moments, self.estimate, step.alpha, self.batch_rows, self.mixing.anchor)
+        self._log_step(metrics, number)
+
+    def _finite(self, metrics: dict[str, float], number: int) -> bool:
+        """Whether the step may be taken. A broken gradient touches neither the weights nor the window."""
+        watched = ("gradient/trace_norm", "gradient/empty_norm", "gradient/mixed_norm")
+        broken = [name for name in watched if not math.isfinite(metrics.get(name, 0.0))]
+        if not broken:
+            self._skipped_in_a_row = 0
+            return True
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        found = ", ".join(f"{name} = {metrics[name]}" for name in broken)
+        if self._skipped_in_a_row >= SKIPS_IN_A_ROW:
+            raise UserError(
+                f"step {number}: {found}; {SKIPS_IN_A_ROW} optimizer steps in a row had a gradient that is not finite. "
+                "Lower the learning rate, train in bf16-mixed or fp32, or look for broken rows"
+            )
+        rank_zero_warn(f"step {number} skipped ({self.skipped} so far): {found}")
+        return False
+
+    def _log_step(self, metrics: dict[str, float], number: int) -> None:
+        """Log once an optimizer step, on the number of steps taken before it: step 0 is the untrained policy."""
+        self.metrics = metrics | {"skipped_steps": float(self.skipped)}
+        if number % self.trainer.log_every_n_steps == 0:
+            for logger in self.loggers:
+                logger.log_metrics(self.metrics, step=number)
+
+    # ------------------------------------------------------------------ validation
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        assert self.reference is not None
+        for branch in BRANCHES:
+            sequences = cast(SequenceBatch, getattr(batch, branch))
+            policy, reference = sequence_logps(self.policy, sequences), self.reference.logps(sequences)
+            sums = branch_metrics(branch, self.loss(policy, reference), policy, reference, self.loss.beta)
+            means = {f"validation/{name}": value / sequences.pairs for name, value in sums.items()}
+            self.log_dict(means, batch_size=sequences.pairs, sync_dist=True, on_epoch=True)
+        self.log("step", float(self.global_step), batch_size=1)  # the loggers' axis, else it counts microbatches
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["bvpo"] = {"policy": self.policy_name, "skipped": self.skipped}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError where the checkpoint is of another model."""
+        found = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items() if k.startswith("policy.")}
+        expected = {k: tuple(v.shape) for k, v in self.state_dict().items() if k.startswith("policy.")}
+        if found != expected:
+            name = checkpoint.get("bvpo", {}).get("policy", "another model")
+            differing = sum(found.get(key) != expected.get(key) for key in found.keys() | expected.keys())
+            raise UserError(
+                f"the checkpoint is of {name}, the policy is {self.policy_name}: {differing} tensors differ. "
+                "Give the checkpoint's own policy with --model.policy, or another checkpoint"
+            )
+        self.skipped = checkpoint.get("bvpo", {}).get("skipped", 0)
+
+
+def learning_rate_scale(step: int, total: int, warmup: int, schedule: str) -> float:
+    """Learning rate over its peak at optimizer step `step` of `total`: a linear warm-up, then the schedule down to 0."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if schedule == "linear" else 1.0

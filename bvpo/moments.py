@@ -1,0 +1,235 @@
+"""Gradient statistics from a window of units: everything follows from the units' Gram matrix.
+
+A *unit* is n rows' mean trace gradient and mean empty-trace gradient. Units must be exchangeable: each a random subset of
+prompts. With m_a = E g_a and Σ_ab the covariance of one row's gradients, for two units i ≠ j that share no prompt
+
+    E⟨g_a,i , g_b,j⟩ = ⟨m_a, m_b⟩            E⟨g_a,i , g_b,i⟩ = ⟨m_a, m_b⟩ + trΣ_ab / n_i
+
+so both sides are means over entries of the Gram matrix: U-statistics, unbiased, and possibly negative.
+
+Shapes: M units, E estimators (trace, empty, and the anchor where there is one), D numbers a gradient or its sketch,
+K jackknife replicates, R rows a unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+TRACE, EMPTY, ANCHOR = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class GradientMoments:
+    """A window of units and its Gram matrix. Build it with `from_gradients`; join windows with `merge`.
+
+    Attributes:
+        vectors: (E, M, D) gradients of the units, or their sketches.
+        gram: (E, E, M, M) float64 inner products.
+        rows: (M,) float64 rows that each unit averages over.
+        prompts: (M, R) int64 prompt keys, −1 where a unit has fewer; None where all units have prompts of their own.
+        steps: (M,) int64 optimizer step of each unit: the jackknife leaves out a step at a time.
+    """
+
+    vectors: Tensor
+    gram: Tensor
+    rows: Tensor
+    prompts: Tensor | None
+    steps: Tensor
+
+    @classmethod
+    def from_gradients(
+        cls,
+        trace: Tensor,
+        empty: Tensor,
+        anchor: Tensor | None = None,
+        rows: Tensor | None = None,
+        prompts: Tensor | None = None,
+        steps: Tensor | None = None,
+    ) -> GradientMoments:
+        """Moments of (M, D) unit gradients.
+
+        Args:
+            trace, empty: Mean gradients over each unit's rows.
+            anchor: Unbiased estimates of the marginal gradient μ on the same units.
+            rows: (M,) rows a unit; without it a unit counts as one row, and variances are per unit.
+            prompts: (M, R) keys of the units' prompts; products of units that share one are left out.
+            steps: (M,) optimizer step of each unit; without it each unit is a step of its own.
+
+        Raises:
+            ValueError: The shapes differ, or there is no unit.
+        """
+        kinds = [trace, empty] if anchor is None else [trace, empty, anchor]
+        if trace.ndim != 2 or any(kind.shape != trace.shape for kind in kinds):
+            raise ValueError(f"gradients must be (units, numbers) of one shape, got {[tuple(k.shape) for k in kinds]}")
+        units = len(trace)
+        if units == 0:
+            raise ValueError("no units: there is nothing to take moments of")
+        vectors = torch.stack(kinds)
+        return cls(
+            vectors,
+            inner_products(vectors, vectors),
+            torch.ones(units, dtype=torch.float64) if rows is None else torch.as_tensor(rows, dtype=torch.float64),
+            prompts,
+            torch.arange(units) if steps is None else steps,
+        )
+
+    def merge(self, other: GradientMoments) -> GradientMoments:
+        """The moments of both windows' units together: ranks, stretches of a run, notebooks."""
+        if len(self.vectors) != len(other.vectors):
+            raise ValueError("one of the windows has anchor gradients and the other has none: they cannot be merged")
+        cross = inner_products(self.vectors, other.vectors)
+        upper = torch.cat([self.gram, cross], -1)
+        lower = torch.cat([cross.permute(1, 0, 3, 2), other.gram], -1)
+        return replace(
+            self,
+            vectors=torch.cat([self.vectors, other.vectors], 1),
+            gram=torch.cat([upper, lower], -2),
+            rows=torch.cat([self.rows, other.rows]),
+            prompts=_join_prompts(self, other),
+            steps=torch.cat([self.steps, other.steps]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def has_anchor(self) -> bool:
+        return len(self.vectors) > ANCHOR
+
+    def independent(self) -> Tensor:
+        """(M, M) whether two units share no prompt; the diagonal is False."""
+        distinct = ~torch.eye(len(self), dtype=torch.bool)
+        if self.prompts is None:
+            return distinct
+        keys, index = self.prompts.unique(return_inverse=True)
+        member = torch.zeros(len(self), len(keys), dtype=torch.float64)
+        member.scatter_(1, index, 1.0)
+        member[:, keys == -1] = 0.0
+        return (member @ member.T == 0) & distinct
+
+    @property
+    def reused_fraction(self) -> float:
+        """Fraction of the products between different units that was left out because they share a prompt."""
+        pairs = len(self) * (len(self) - 1)
+        return 1.0 - float(self.independent().sum()) / pairs if pairs else 0.0
+
+    def statistics(self, keep: Tensor | None = None) -> GradientStatistics:
+        """The U-statistics of all units, or of K subsets at once: `keep` is a (K, M) indicator."""
+        keep = torch.ones(1, len(self), dtype=torch.float64) if keep is None else keep
+        weight = self.rows[:, None] * self.rows * self.independent()
+        total = torch.einsum("km,mn,kn->k", keep, weight, keep)
+        inner = torch.einsum("km,abmn,kn->abk", keep, weight * self.gram, keep) / total
+        scaled = self.rows * self.gram.diagonal(dim1=-2, dim2=-1)  # (E, E, M): n_i ⟨g_a,i , g_b,i⟩
+        count = keep.sum(-1)
+        covariance = (scaled @ keep.T) / count - inner * ((keep @ self.rows) / count)
+        return GradientStatistics(inner, covariance)
+
+    def leave_one_step_out(self) -> Tensor:
+        """(K, M) indicators of the jackknife's replicates: one for each step, without its units."""
+        return (self.steps != self.steps.unique()[:, None]).double()
+
+
+@dataclass(frozen=True)
+class GradientStatistics:
+    """Unbiased estimates, each for K subsets of units.
+
+    Attributes:
+        inner: (E, E, K) ⟨E g_a, E g_b⟩.
+        covariance: (E, E, K) trΣ_ab per row: the covariance of one row's gradients, summed over parameters.
+    """
+
+    inner: Tensor
+    covariance: Tensor
+
+    def distance_sq(self, a: int, b: int) -> Tensor:
+        """‖E g_a − E g_b‖²: (K,)."""
+        return self.inner[a, a] + self.inner[b, b] - 2 * self.inner[a, b]
+
+
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """(E, M, D), (E, N, D) → (E, E, M, N) in float64."""
+    return torch.stack([torch.stack([x.double() @ y.double().T for y in b]) for x in a]).cpu()
+
+
+def _join_prompts(a: GradientMoments, b: GradientMoments) -> Tensor | None:
+    if a.prompts is None and b.prompts is None:
+        return None
+    if a.prompts is None or b.prompts is None:
+        raise ValueError("one of the windows knows its prompts and the other does not: they cannot be merged")
+    width = max(a.prompts.shape[1], b.prompts.shape[1])
+    return torch.cat([_pad_columns(a.prompts, width), _pad_columns(b.prompts, width)])
+
+
+def _pad_columns(keys: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(keys, (0, max(0, width - keys.shape[1])), value=-1)
+
+
+class GradientWindow(Metric):
+    """The last `capacity` units of a run, kept, moved and checkpointed as a torchmetrics metric.
+
+    Every rank holds the same units (sketches are gathered before `update`), so nothing is synchronised on `compute`.
+
+    Args:
+        capacity: Units kept; an older one gives its place to a new one.
+        width: D, numbers of a sketch.
+        dtype: Of the vectors; products are float64.
+    """
+
+    full_state_update = False
+    vectors: Tensor
+    gram: Tensor
+    rows: Tensor
+    prompts: Tensor
+    steps: Tensor
+    seen: Tensor
+
+    def __init__(self, capacity: int, width: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(sync_on_compute=False, dist_sync_on_step=False)
+        if capacity < 1:
+            raise ValueError(f"a window holds at least one unit, got a capacity of {capacity}")
+        self.capacity = capacity
+        self._keep("vectors", torch.zeros(2, capacity, width, dtype=dtype))
+        self._keep("gram", torch.zeros(2, 2, capacity, capacity, dtype=torch.float64))
+        self._keep("rows", torch.zeros(capacity, dtype=torch.float64))
+        self._keep("prompts", torch.full((capacity, 1), -1))
+        self._keep("steps", torch.full((capacity,), -1))
+        self._keep("seen", torch.tensor(0))
+
+    def _keep(self, name: str, default: Tensor) -> None:
+        self.add_state(name, default, dist_reduce_fx=None, persistent=True)
+
+    def update(self, trace: Tensor, empty: Tensor, rows: Tensor, prompts: Tensor, step: int) -> None:
+        """Add the units of one optimizer step: (U, D) trace and empty gradients, (U,) rows, (U, R) prompt keys."""
+        new = torch.stack([trace, empty])[:, -self.capacity :].to(self.vectors)
+        units = new.shape[1]
+        slots = (int(self.seen) + torch.arange(units, device=new.device)) % self.capacity
+        self.vectors[:, slots] = new
+        products = torch.einsum("aud,bcd->abuc", new.double(), self.vectors.double())
+        self.gram[:, :, slots, :] = products
+        self.gram[:, :, :, slots] = products.permute(1, 0, 3, 2)
+        self.rows[slots] = rows[-units:].to(self.rows)
+        self.prompts = _pad_columns(self.prompts, prompts.shape[1])
+        self.prompts[slots] = _pad_columns(prompts[-units:].to(self.prompts), self.prompts.shape[1])
+        self.steps[slots] = step
+        self.seen += units
+
+    def compute(self) -> Tensor:
+        """(2, 2) trΣ_ab per row, of trace and empty gradients. Raises ValueError where no unit is held."""
+        return self.moments().statistics().covariance[..., 0]
+
+    def moments(self) -> GradientMoments:
+        """The units held, as they are. Raises ValueError where there is none."""
+        units = min(int(self.seen), self.capacity)
+        if units == 0:
+            raise ValueError("the window holds no unit yet")
+        return GradientMoments(
+            self.vectors[:, :units],
+            self.gram[:, :, :units, :units].cpu(),
+            self.rows[:units].cpu(),
+            self.prompts[:units].cpu(),
+            self.steps[:units].cpu(),
+        )

@@ -1,0 +1,137 @@
+"""Policy and reference: loading them, and the log-probabilities of a batch.
+
+Shapes: S sequences (2B: the chosen ones, then the rejected ones), T tokens, N completion tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from bvpo.errors import UserError
+from bvpo.losses import PairLogps, token_logps
+from bvpo.pairs import SequenceBatch
+
+BUILTIN = {"builtin:tiny_reasoner": Path(__file__).parent / "assets" / "tiny_reasoner"}
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+
+
+def resolve_model(name: str) -> str:
+    """The folder or Hub id behind `--model.policy`.
+
+    Raises:
+        UserError: An unknown built-in name, a folder without configuration or weights, or a path that does not exist.
+    """
+    if name.startswith("builtin:"):
+        if name not in BUILTIN:
+            raise UserError(f"there is no built-in model {name!r}; there is {', '.join(BUILTIN)}")
+        return str(BUILTIN[name])
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise UserError(f"{name}: no config.json in this folder; give a folder saved by `save_pretrained`")
+        if not any(match for pattern in WEIGHTS for match in folder.glob(pattern)):
+            raise UserError(f"{name}: no weights in this folder (expected *.safetensors); was it copied completely?")
+    elif folder.exists():
+        raise UserError(f"{name}: is a file; give the model's folder, a Hub id, or {', '.join(BUILTIN)}")
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: there is no such folder; give a model's folder, a Hub id, or {', '.join(BUILTIN)}")
+    return name
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a policy. Raises UserError where it cannot be loaded."""
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(resolve_model(name)))
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, "tokenizer", error) from error
+
+
+def load_policy(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model with every dropout set to 0. Raises UserError where it cannot be loaded."""
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(name))
+        _turn_dropout_off(config)
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), config=config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, "model", error) from error
+    model.train()
+    return cast(PreTrainedModel, model)
+
+
+def _cannot_load(name: str, part: str, error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(f"{name}: the {part} cannot be loaded: {cause}")
+
+
+def _turn_dropout_off(config: Any) -> None:
+    """Dropout would make policy and reference differ at step 0, and the gradient noisier than the data makes it."""
+    for key, value in vars(config).items():
+        if isinstance(value, float) and ("drop" in key or key.endswith("_pdrop")):
+            setattr(config, key, 0.0)
+        elif hasattr(value, "to_dict"):
+            _turn_dropout_off(value)
+
+
+def sequence_logps(model: nn.Module, batch: SequenceBatch) -> PairLogps:
+    """Log-probabilities of the completions, padded: one forward pass over all sequences of the batch.
+
+    Logits are computed from the shortest prompt's end on only, where the model can do so.
+    """
+    first = int(batch.prompt_lengths.min()) - 1  # logits at t score the token at t + 1
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    if _keeps_logits(model):
+        inputs["logits_to_keep"] = batch.input_ids.shape[1] - first
+    logits = model(**inputs).logits[:, -(batch.input_ids.shape[1] - first) : -1]  # (S, T − first − 1, V)
+    scored = batch.completion_mask[:, first + 1 :]
+    targets = batch.input_ids[:, first + 1 :]
+    sums = torch.zeros(scored.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+    sums[scored] = token_logps(logits[scored], targets[scored])  # (N, V), (N,)
+    return _by_side(sums.sum(1), batch)
+
+
+def _by_side(sums: Tensor, batch: SequenceBatch) -> PairLogps:
+    tokens = batch.lengths - batch.prompt_lengths
+    return PairLogps(*sums.chunk(2), *tokens.chunk(2))
+
+
+def _keeps_logits(model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+class Reference(ABC):
+    """π_ref: gives the reference's log-probabilities of a batch, without a gradient."""
+
+    @abstractmethod
+    def logps(self, batch: SequenceBatch) -> PairLogps: ...
+
+    @abstractmethod
+    def to(self, device: torch.device) -> None: ...
+
+
+class LiveReference(Reference):
+    """A frozen model in memory. It is no `nn.Module`, so Lightning puts it into no checkpoint and no optimizer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    @classmethod
+    def copy_of(cls, policy: nn.Module) -> LiveReference:
+        """The policy as it is now."""
+        return cls(copy.deepcopy(policy))
+
+    @torch.no_grad()
+    def logps(self, batch: SequenceBatch) -> PairLogps:
+        return sequence_logps(self.model, batch)
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)

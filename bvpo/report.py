@@ -1,0 +1,111 @@
+"""What a run shows: a progress bar that counts optimizer steps, and the table it ends with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from bvpo.evaluate import TaskAccuracy, standard_error
+from bvpo.module import BVPO
+from bvpo.traces import MODES
+
+SHOWN = {"loss/mixed": "loss", "reward/trace_margin": "margin", "mixing/alpha": "α", "mixing/alpha_estimate": "α̂"}
+
+
+class StepProgress(ProgressBar):
+    """Optimizer steps done and to do, with rate, time left and the last step's figures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: tqdm[Any] | None = None
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, BVPO)
+        total, done = pl_module.total_steps, trainer.global_step
+        self._bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=not self._enabled)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, BVPO) and self._bar is not None
+        if trainer.global_step > self._bar.n:
+            figures = {short: f"{pl_module.metrics[k]:.3f}" for k, short in SHOWN.items() if k in pl_module.metrics}
+            self._bar.set_postfix(figures, refresh=False)
+            self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def print_report(trainer: L.Trainer, module: BVPO, root: str, console: Console | None = None) -> None:
+    """Accuracies before and after, the mixing weight, the variances, and where everything lies."""
+    console = console or Console()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, TaskAccuracy) and callback.before and callback.after:
+            console.print(_accuracy_table(callback))
+    console.print(_mixing_table(module))
+    console.print(f"run folder   {trainer.log_dir}", soft_wrap=True)
+    console.print(f"curves       tensorboard --logdir {root}", soft_wrap=True)
+
+
+def _accuracy_table(accuracy: TaskAccuracy) -> Table:
+    table = Table(
+        title=f"Accuracy on {len(accuracy.questions)} held-out questions, T = {accuracy.decoding.temperature}"
+    )
+    for column in ("mode", "before %", "after %", "difference", "truncated after %"):
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    rows = {mode: (accuracy.before[mode].correct, accuracy.after[mode].correct) for mode in MODES}
+    before, after = ([pair[side] for pair in rows.values()] for side in (0, 1))
+    mean = (sum(before[1:], before[0]) / len(before), sum(after[1:], after[0]) / len(after))
+    for name, (first, last) in {**rows, "mean of both": mean}.items():
+        cut = f"{100 * accuracy.after[name].truncated:.1f}" if name in accuracy.after else ""
+        table.add_row(name, _percent(first), _percent(last), _percent(last - first, sign="+"), cut)
+    return table
+
+
+def _percent(values: Any, sign: str = "") -> str:
+    return f"{100 * float(values.mean()):{sign}.1f} ± {100 * standard_error(values):.1f}"
+
+
+def _mixing_table(module: BVPO) -> Table:
+    metrics, rows = module.metrics, module.batch_rows
+    table = Table(title=f"Gradients, optimizer batch of {rows} rows, last {module.mixing.window} steps")
+    for column in ("quantity", "value", "meaning"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+
+    def row(name: str, value: float | None, meaning: str, error: float | None = None) -> None:
+        if value is not None:
+            table.add_row(name, f"{value:.3g}" + (f" ± {error:.2g}" if error is not None else ""), meaning)
+
+    estimate = module.estimate
+    row("α in use", metrics.get("mixing/alpha"), "weight of the trace gradient")
+    if estimate is not None:
+        row("α̂", estimate.value, "weight of least error, trace anchor", estimate.standard_error)
+        if estimate.value is None:
+            table.add_row("α̂", "—", estimate.reason)
+    row("error ratio", metrics.get("mixing/mse_ratio"), "squared error at α over that at α̂")
+    for key, name in (("trace", "trace gradient"), ("empty", "empty-trace gradient")):
+        variance = metrics.get(f"variance/{key}")
+        row(f"variance, {key}", None if variance is None else variance / rows, f"of one batch's {name}")
+    row("variance, mixed", metrics.get("variance/mixed"), "of one batch's mixed gradient, at α")
+    row("skipped steps", metrics.get("skipped_steps") or None, "gradients that were not finite")
+    return table
