@@ -1,8 +1,8 @@
 """The paired batches: optimizer batches are random draws of rows, cut into microbatches.
 
-Statistics need exchangeable units, so an optimizer batch is drawn first and sorted by length, if at all, only inside it.
-The draw is a function of seed and epoch alone: it is the same for any split into microbatches and ranks, and a resumed
-run goes on where it was.
+Statistics need exchangeable units, so an optimizer batch is drawn first and sorted by length, if at all, only inside
+it. The draw is a function of seed and epoch alone: it is the same for any split into microbatches and ranks, and a
+resumed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import datasets
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bvpo.errors import UserError
@@ -33,9 +33,10 @@ class Microbatch:
 
 
 class StepSampler(Sampler[Microbatch]):
-    """One epoch of optimizer batches, cut into this rank's microbatches.
+    """Epoch after epoch of optimizer batches, cut into this rank's microbatches.
 
-    The epoch's last optimizer batch holds the rows that are left; no row is dropped.
+    Each iteration goes on where the last one ended, to the end of that epoch. An epoch's last optimizer batch holds the
+    rows that are left; no row is dropped.
 
     Args:
         rows: Rows of the data set.
@@ -56,8 +57,7 @@ class StepSampler(Sampler[Microbatch]):
     ) -> None:
         self.rows, self.batch_size, self.accumulate, self.seed = rows, batch_size, accumulate, seed
         self.rank, self.ranks, self.lengths = rank, ranks, lengths
-        self.epoch = 0
-        self.start = 0
+        self.epoch, self.served = 0, 0  # where the next microbatch is taken from
 
     @property
     def step_rows(self) -> int:
@@ -73,14 +73,14 @@ class StepSampler(Sampler[Microbatch]):
         full, rest = divmod(self.rows, self.step_rows)
         return full * self.accumulate + math.ceil(rest / (self.batch_size * self.ranks))
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def __iter__(self) -> Iterator[Microbatch]:
-        """The epoch's microbatches from number `start` on."""
-        for number, microbatch in enumerate(self._epoch()):
-            if number >= self.start:
-                yield microbatch
+        yield from list(self._epoch())[self.served :]
+
+    def advance(self) -> None:
+        """Count a microbatch as served."""
+        self.served += 1
+        if self.served == len(self):
+            self.epoch, self.served = self.epoch + 1, 0
 
     def _epoch(self) -> Iterator[Microbatch]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -112,21 +112,18 @@ class PairLoader(DataLoader[PairBatch]):
 
     def __init__(self, data: Microbatches, sampler: StepSampler, workers: int = 0) -> None:
         super().__init__(data, sampler=sampler, batch_size=None, num_workers=workers)
-        self.steps = sampler
-        self.served = 0
+        self.order = sampler
 
     def __iter__(self) -> Iterator[PairBatch]:  # type: ignore[override]
-        self.served = self.steps.start
         for batch in super().__iter__():
-            self.served += 1
+            self.order.advance()  # before the batch is handed out: a checkpoint after it counts it as served
             yield batch
-        self.steps.start = 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"served": self.served, "epoch": self.steps.epoch}
+        return {"epoch": self.order.epoch, "served": self.order.served}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.steps.start = state["served"] % len(self.steps)
+        self.order.epoch, self.order.served = state["epoch"], state["served"]
 
 
 class PairData(L.LightningDataModule):
@@ -140,8 +137,8 @@ class PairData(L.LightningDataModule):
         tokenizer: Whose tokenizer: a Hub id or folder; taken from `model.policy`.
         max_length: Tokens of prompt and completion that a sequence may have; none by default.
         on_overlong: What happens to a row with a longer sequence: it is dropped and counted, or an error.
-        bucket_by_length: Sort the rows inside an optimizer batch by length: less padding. A microbatch is then no random
-            subset, and the whole optimizer step becomes the statistics' unit.
+        bucket_by_length: Sort the rows inside an optimizer batch by length: less padding. A microbatch is then no
+            random subset, and the whole optimizer step becomes the statistics' unit.
         workers: Processes that prepare batches.
         seed: Of the order of rows; taken from `seed_everything`.
     """
@@ -199,7 +196,7 @@ class PairData(L.LightningDataModule):
         if not kept:
             raise UserError(f"{source}: all {len(rows)} rows are longer than max_length = {self.max_length} tokens")
         if dropped:
-            rank_zero_info(f"{source}: dropped {dropped} of {len(rows)} rows longer than {self.max_length} tokens")
+            rank_zero_warn(f"{source}: dropped {dropped} of {len(rows)} rows longer than {self.max_length} tokens")
         return rows.select(kept)
 
     @property

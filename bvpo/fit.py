@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +71,26 @@ class FitCLI(LightningCLI):
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
 
 
+def quiet_lightning() -> None:
+    """Hide what says nothing about the run: hardware tips, and warnings that are other packages' to mend."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for message in (
+        r"[\s\S]*was deprecated in v4\.49",  # jsonargparse, called by LightningCLI
+        r"[\s\S]*JsonargparseDeprecationWarning",
+        r".*treespec, LeafSpec",  # torch, called by Lightning
+        r"LightningCLI's args parameter",  # `main` is given its arguments by tests and notebooks
+        r"Experiment logs directory .* exists",  # claimed by this process; a resumed run's rows are kept
+        r"Total length of `list` across ranks is zero",  # no validation rows
+        r"The '.*_dataloader' does not have many workers",  # rows are tokenized beforehand
+        r"You defined a `validation_step` but have no",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, or 2 after an error that the user can mend."""
+    quiet_lightning()
     try:
         cli = FitCLI(
             BVPO,

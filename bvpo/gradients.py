@@ -77,7 +77,7 @@ class GradientMixer:
     """Collects Σ_k w_k g_k over the backward passes of one optimizer step, and a sketch of each g_k.
 
     Hooks take every parameter's gradient the moment it is accumulated: it is sketched unweighted, added to the mixture
-    with its pass's weight, and freed. So no second gradient-sized buffer is kept, and a weight of 0 erases no statistics.
+    with its pass's weight, and freed. No second gradient-sized buffer is kept, and a weight of 0 erases no statistics.
 
     Args:
         parameters: Those that are trained, in an order that does not change between runs.

@@ -51,7 +51,7 @@ class PreferenceLoss(ABC):
 
     def with_beta(self, beta: float) -> PreferenceLoss:
         """The same loss with another beta."""
-        return replace(cast(Any, self), beta=beta)
+        return cast(PreferenceLoss, replace(cast(Any, self), beta=beta))
 
 
 def _check_beta(beta: float) -> None:

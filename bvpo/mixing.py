@@ -104,7 +104,7 @@ class ErrorTerms:
 
     @classmethod
     def from_statistics(cls, statistics: GradientStatistics, anchor: Anchor) -> ErrorTerms:
-        """Biases against the anchor: `trace` takes μ ≈ E g_t (b_t = 0), `marginal` takes μ from the anchor gradients."""
+        """Biases against the anchor: `trace` takes μ ≈ E g_t (b_t = 0), `marginal` the anchor gradients' mean."""
         inner, covariance = statistics.inner, statistics.covariance
         mu = TRACE if anchor == "trace" else ANCHOR
         return cls(
@@ -175,10 +175,10 @@ def estimate_alpha(moments: GradientMoments, batch_size: float, anchor: Anchor =
     def without(reason: str) -> AlphaEstimate:
         return AlphaEstimate(None, None, None, steps, len(moments), moments.reused_fraction, reason)
 
-    if not bool(moments.independent().any()):
+    if not bool(moments.independent.any()):
         return without(f"{len(moments)} units hold no two without a common prompt: at least two are needed")
     ratio, curvature = _ratios(moments, None, batch_size, anchor)
-    if not bool(ratio.isfinite().all()):
+    if not bool(curvature.isfinite()):
         return without("the window's gradients are not finite")
     if not float(curvature) > 0:
         return without("the estimated distance between the estimators is not positive: the window is too short")

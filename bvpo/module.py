@@ -7,8 +7,9 @@ How this differs from the paper (arXiv 2510.05095):
   the separate gradients are what the statistics are made of, and each graph is freed before the next one is built.
 - Dropout is off in policy and reference, so that both losses are ln 2 at step 0.
 
-α̂ minimises the mean squared error of the raw gradient. AdamW and clipping rescale that gradient, and the bound that makes
-this error the right target is tight at a step of 1/L only: read α̂ as a statement about the gradient, not about accuracy.
+α̂ minimises the mean squared error of the raw gradient. AdamW and clipping rescale that gradient, and the bound that
+makes this error the right target is tight at a step of 1/L only: read α̂ as a statement about the gradient, not about
+accuracy.
 
 Shapes: B rows of a microbatch.
 """
@@ -16,12 +17,14 @@ Shapes: B rows of a microbatch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -54,7 +57,7 @@ class BVPO(L.LightningModule):
         weight_decay: AdamW's decoupled weight decay.
         accumulate: Microbatches of an optimizer step on a rank.
         clip: Largest norm of the mixed gradient; 0 does not clip.
-        sketch_size: Numbers kept of a unit's gradient for the statistics; a model with fewer parameters is kept exactly.
+        sketch_size: Numbers kept of a unit's gradient for the statistics; a smaller model's gradient is kept exactly.
     """
 
     def __init__(
@@ -117,6 +120,15 @@ class BVPO(L.LightningModule):
             dtype = torch.promote_types(self.policy.dtype, torch.float32)
             self.window = GradientWindow(self.mixing.window * self._units_a_step, self._sketch().width, dtype)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BVPO:
+        """Move buffers, but never cast them: `bf16-true` would round the rotary frequencies to 8 bits, which turns the
+        angles at position 4096 by radians, away from the model that sampled the pairs."""
+        buffers = [(owner, name, b) for owner in self.modules() for name, b in owner._buffers.items() if b is not None]
+        super()._apply(fn, recurse)
+        for owner, name, buffer in buffers:
+            owner._buffers[name] = buffer.to(cast(Tensor, owner._buffers[name]).device)
+        return self
+
     def _sketch(self) -> Sketch:
         return Sketch(sum(p.numel() for p in self._trained()), self.sketch_size)
 
@@ -130,7 +142,7 @@ class BVPO(L.LightningModule):
     @property
     def _step_is_unit(self) -> bool:
         """Microbatches that were bucketed by length are no random subsets: only the whole step is."""
-        return self._data.bucket_by_length
+        return self._trainer is not None and self._data.bucket_by_length
 
     def configure_optimizers(self) -> Any:
         optimizer = AdamW(self._trained(), lr=self.learning_rate, weight_decay=self.weight_decay)
@@ -230,7 +242,7 @@ class BVPO(L.LightningModule):
     def _log_step(self, metrics: dict[str, float], number: int) -> None:
         """Log once an optimizer step, on the number of steps taken before it: step 0 is the untrained policy."""
         self.metrics = metrics | {"skipped_steps": float(self.skipped)}
-        if number % self.trainer.log_every_n_steps == 0:
+        if number % cast(Any, self.trainer).log_every_n_steps == 0:
             for logger in self.loggers:
                 logger.log_metrics(self.metrics, step=number)
 
@@ -266,7 +278,7 @@ class BVPO(L.LightningModule):
 
 
 def learning_rate_scale(step: int, total: int, warmup: int, schedule: str) -> float:
-    """Learning rate over its peak at optimizer step `step` of `total`: a linear warm-up, then the schedule down to 0."""
+    """Learning rate over its peak at optimizer step `step` of `total`: a linear warm-up, then the schedule to 0."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = min((step - warmup) / max(total - warmup, 1), 1.0)

@@ -1,7 +1,7 @@
 """Gradient statistics from a window of units: everything follows from the units' Gram matrix.
 
-A *unit* is n rows' mean trace gradient and mean empty-trace gradient. Units must be exchangeable: each a random subset of
-prompts. With m_a = E g_a and Σ_ab the covariance of one row's gradients, for two units i ≠ j that share no prompt
+A *unit* is n rows' mean trace gradient and mean empty-trace gradient. Units must be exchangeable: each a random subset
+of prompts. With m_a = E g_a and Σ_ab the covariance of one row's gradients, for two units i ≠ j that share no prompt
 
     E⟨g_a,i , g_b,j⟩ = ⟨m_a, m_b⟩            E⟨g_a,i , g_b,i⟩ = ⟨m_a, m_b⟩ + trΣ_ab / n_i
 
@@ -13,10 +13,13 @@ K jackknife replicates, R rows a unit.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
 
 TRACE, EMPTY, ANCHOR = 0, 1, 2
@@ -100,6 +103,7 @@ class GradientMoments:
     def has_anchor(self) -> bool:
         return len(self.vectors) > ANCHOR
 
+    @cached_property
     def independent(self) -> Tensor:
         """(M, M) whether two units share no prompt; the diagonal is False."""
         distinct = ~torch.eye(len(self), dtype=torch.bool)
@@ -115,12 +119,12 @@ class GradientMoments:
     def reused_fraction(self) -> float:
         """Fraction of the products between different units that was left out because they share a prompt."""
         pairs = len(self) * (len(self) - 1)
-        return 1.0 - float(self.independent().sum()) / pairs if pairs else 0.0
+        return 1.0 - float(self.independent.sum()) / pairs if pairs else 0.0
 
     def statistics(self, keep: Tensor | None = None) -> GradientStatistics:
         """The U-statistics of all units, or of K subsets at once: `keep` is a (K, M) indicator."""
         keep = torch.ones(1, len(self), dtype=torch.float64) if keep is None else keep
-        weight = self.rows[:, None] * self.rows * self.independent()
+        weight = self.rows[:, None] * self.rows * self.independent
         total = torch.einsum("km,mn,kn->k", keep, weight, keep)
         inner = torch.einsum("km,abmn,kn->abk", keep, weight * self.gram, keep) / total
         scaled = self.rows * self.gram.diagonal(dim1=-2, dim2=-1)  # (E, E, M): n_i ⟨g_a,i , g_b,i⟩
@@ -130,7 +134,7 @@ class GradientMoments:
 
     def leave_one_step_out(self) -> Tensor:
         """(K, M) indicators of the jackknife's replicates: one for each step, without its units."""
-        return (self.steps != self.steps.unique()[:, None]).double()
+        return torch.ne(self.steps, self.steps.unique()[:, None]).double()
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,14 @@ class GradientWindow(Metric):
 
     def _keep(self, name: str, default: Tensor) -> None:
         self.add_state(name, default, dist_reduce_fx=None, persistent=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
+        """Follow the model to its device, but not to bf16: sums of products need their precision."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device)
+
+        return super()._apply(move, exclude_state)
 
     def update(self, trace: Tensor, empty: Tensor, rows: Tensor, prompts: Tensor, step: int) -> None:
         """Add the units of one optimizer step: (U, D) trace and empty gradients, (U,) rows, (U, R) prompt keys."""

@@ -97,6 +97,8 @@ def load_rows(source: str) -> datasets.Dataset:
     try:
         rows = cast(datasets.Dataset, datasets.load_dataset(kind, split="train", **where))
     except Exception as error:  # datasets raises whatever its reader, the network or Arrow raises
+        if "corresponds to no data" in str(error):
+            raise UserError(f"{source}: no rows; expected one row a prompt") from error
         raise UserError(f"{source}: cannot be read as {kind}: {_first_line(error)}") from error
     missing = [name for name in TEXT_COLUMNS if name not in rows.column_names]
     if missing:

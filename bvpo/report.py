@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from bvpo.evaluate import TaskAccuracy, standard_error
@@ -73,16 +75,20 @@ def _accuracy_table(accuracy: TaskAccuracy) -> Table:
     )
     for column in ("mode", "before %", "after %", "difference", "truncated after %"):
         table.add_column(column, justify="left" if column == "mode" else "right")
-    rows = {mode: (accuracy.before[mode].correct, accuracy.after[mode].correct) for mode in MODES}
-    before, after = ([pair[side] for pair in rows.values()] for side in (0, 1))
-    mean = (sum(before[1:], before[0]) / len(before), sum(after[1:], after[0]) / len(after))
-    for name, (first, last) in {**rows, "mean of both": mean}.items():
-        cut = f"{100 * accuracy.after[name].truncated:.1f}" if name in accuracy.after else ""
-        table.add_row(name, _percent(first), _percent(last), _percent(last - first, sign="+"), cut)
+    for mode in MODES:
+        before, after = accuracy.before[mode].correct, accuracy.after[mode].correct
+        table.add_row(mode, *_before_after(before, after), f"{100 * accuracy.after[mode].truncated:.1f}")
+    both = [torch.stack([side[mode].correct for mode in MODES]).mean(0) for side in (accuracy.before, accuracy.after)]
+    table.add_row("mean of both", *_before_after(*both))
     return table
 
 
-def _percent(values: Any, sign: str = "") -> str:
+def _before_after(before: Tensor, after: Tensor) -> tuple[str, str, str]:
+    """Means and paired difference of (Q,) values a question, in percent with standard errors."""
+    return _percent(before), _percent(after), _percent(after - before, sign="+")
+
+
+def _percent(values: Tensor, sign: str = "") -> str:
     return f"{100 * float(values.mean()):{sign}.1f} ± {100 * standard_error(values):.1f}"
 
 

@@ -1,4 +1,4 @@
-"""Run folders: `ROOT/version_N` holds the resolved config, metrics.csv, TensorBoard events and checkpoints of one run."""
+"""Run folders: `ROOT/version_N` holds one run's resolved config, metrics.csv, TensorBoard events and checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bvpo.errors import UserError
 
 def claim_version(root: Path) -> int:
     """Make the next `version_N` folder under `root` and return N. Two starts at once get two folders."""
-    if rank_zero_only.rank != 0:  # only rank 0 writes logs, and checkpoint paths are broadcast from it
+    if getattr(rank_zero_only, "rank", 0) != 0:  # only rank 0 writes logs, and checkpoint paths are broadcast from it
         return 0
     root.mkdir(parents=True, exist_ok=True)
     version = max(_versions(root), default=-1) + 1

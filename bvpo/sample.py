@@ -1,8 +1,8 @@
 """Sampling from a model: prompts in token ids → completions in token ids.
 
 Each response has a seed of its own: its random numbers are drawn before generation starts and do not depend on the
-batch, its order or its size. `transformers` does the generating (KV cache, left padding, stopping); the sampling itself is
-inverse-CDF with one uniform number a token, as a logits processor, because `generate` knows one global seed only.
+batch, its order or its size. `transformers` does the generating (KV cache, left padding, stopping); the sampling itself
+is inverse-CDF with one uniform number a token, as a logits processor, because `generate` knows one global seed only.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Think formats and prompts: how a reasoning model marks its trace, with thinking on and off.
 
 A *trace* is the text between the open and the close tag; the *answer* is what follows. The tags are data
-(`ThinkFormat`), not branches. Nothing here strips, trims or re-renders a completion: chat templates of the R1 family cut
-`<think>…</think>` out of assistant turns, so a completion must never pass through one.
+(`ThinkFormat`), not branches. Nothing here strips, trims or re-renders a completion: chat templates of the R1 family
+cut `<think>…</think>` out of assistant turns, so a completion must never pass through one.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def render_prompt(
 ) -> str:
     """The text that generation starts from, up to and including the generation prompt, without BOS.
 
-    `no_thinking` ends after the empty block. Templates that know `enable_thinking` (Qwen3) write it themselves; for those
-    that open the block or ignore the switch (R1-Distill, R1-0528) it is written here.
+    `no_thinking` ends after the empty block. Templates that know `enable_thinking` (Qwen3) write it themselves; for
+    those that open the block or ignore the switch (R1-Distill, R1-0528) it is written here.
 
     Raises:
         ValueError: The tokenizer has no chat template.

@@ -18,6 +18,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # tiny matrices, and tests may run side by side
+
 WORDS = [f"w{i}" for i in range(40)]
 EOS = "<eos>"
 

@@ -1,0 +1,109 @@
+"""Sketches keep inner products; the mixer keeps the mixture."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from bvpo.gradients import CHUNK, GradientMixer, Sketch, signs
+
+CPU = torch.device("cpu")
+
+
+def test_signs_depend_on_seed_and_index_alone_and_are_balanced() -> None:
+    whole = signs(0, 100_000, 0, CPU)
+    assert torch.equal(signs(12_345, 777, 0, CPU), whole[12_345 : 12_345 + 777])
+    assert set(whole.tolist()) == {-1, 1}
+    assert abs(float(whole.double().mean())) < 4 / 100_000**0.5
+    other = signs(0, 100_000, 1, CPU)
+    assert abs(float((whole.double() * other).mean())) < 4 / 100_000**0.5
+    for lag in (1, 31, 32, 33, 65_536 % 1000):  # no sign follows from another one
+        assert abs(float((whole[lag:].double() * whole[:-lag]).mean())) < 4 / 90_000**0.5
+
+
+def test_small_gradients_are_kept_exactly() -> None:
+    sketch = Sketch(parameters=10, size=16)
+    out = torch.zeros(sketch.width)
+    sketch.add_(out, torch.arange(4.0), 0)
+    sketch.add_(out, torch.arange(6.0), 4)
+    assert sketch.exact and out.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
+
+
+def test_any_cut_into_shards_gives_the_same_sketch() -> None:
+    values = torch.randn(10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sketch = Sketch(parameters=10_000, size=300, seed=7)
+    whole = torch.zeros(300, dtype=torch.float64)
+    sketch.add_(whole, values, 0)
+    naive = torch.zeros(300, dtype=torch.float64)
+    for index, sign in enumerate(signs(0, 10_000, 7, CPU).tolist()):
+        naive[index % 300] += sign * values[index]
+    assert torch.allclose(whole, naive, atol=1e-12)
+    for cuts in ([0, 1, 299, 300, 301, 5000, 10_000], [0, 9_999, 10_000]):
+        parts = torch.zeros(300, dtype=torch.float64)
+        for start, end in pairwise(cuts):
+            sketch.add_(parts, values[start:end], start)
+        assert torch.allclose(parts, whole, atol=1e-12)
+
+
+def test_a_gradient_longer_than_a_chunk_is_sketched_whole() -> None:
+    size = CHUNK + 1000
+    values = torch.ones(size)
+    sketch, out = Sketch(parameters=size, size=1024), torch.zeros(1024)
+    sketch.add_(out, values, 0)
+    assert float(out.sum()) == float(signs(0, size, 0, CPU).double().sum())
+
+
+def test_inner_products_are_unbiased_with_the_stated_spread() -> None:
+    """Over 200 seeds, at D = 64: mean within 4 standard errors, spread at most ‖a‖‖b‖ √(2/D)."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2000, generator=generator, dtype=torch.float64)
+    b = 0.5 * a + torch.randn(2000, generator=generator, dtype=torch.float64)
+    products = []
+    for seed in range(200):
+        sketch = Sketch(parameters=2000, size=64, seed=seed)
+        first, second = torch.zeros(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)
+        sketch.add_(first, a, 0), sketch.add_(second, b, 0)
+        products.append(float(first @ second))
+    values, limit = torch.tensor(products), float(a.norm() * b.norm()) * (2 / 64) ** 0.5
+    assert abs(float(values.mean() - a @ b)) < 4 * float(values.std()) / 200**0.5
+    assert float(values.std()) < 1.2 * limit  # 200 draws know a spread to 5%
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.0, 1.0), (1.0, 0.0), (0.3, 0.7)])
+def test_the_mixture_and_the_sketches_are_those_of_two_plain_backwards(weights: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    parameters = list(model.parameters())
+    inputs = torch.randn(2, 5, 3, dtype=torch.float64)
+    losses = [lambda x=x: model(x).square().sum() for x in inputs]
+    plain = [torch.autograd.grad(loss(), parameters) for loss in losses]
+    mixer = GradientMixer(parameters, Sketch(sum(p.numel() for p in parameters)))
+    sketches = []
+    for loss, weight in zip(losses, weights, strict=True):
+        with mixer.collecting(weight) as sketch:
+            loss().backward()
+        sketches.append(sketch)
+    assert all(p.grad is None for p in parameters)  # freed as produced
+    mixer.release()
+    for parameter, first, second in zip(parameters, *plain, strict=True):
+        assert torch.allclose(parameter.grad, weights[0] * first + weights[1] * second, rtol=1e-12)  # type: ignore[arg-type]
+    for sketch, gradient in zip(sketches, plain, strict=True):
+        assert torch.allclose(sketch, torch.cat([g.flatten() for g in gradient]), rtol=1e-12)  # type: ignore[arg-type]
+    mixer.close()
+    model.zero_grad()
+    losses[0]().backward()
+    assert all(p.grad is not None for p in parameters)  # the hooks are gone
+
+
+def test_a_tied_parameter_counts_once_with_both_its_gradients() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
+    mixer = GradientMixer([weight], Sketch(9))
+    with mixer.collecting(1.0) as sketch:
+        (weight @ weight).sum().backward()
+    (expected,) = torch.autograd.grad((weight @ weight).sum(), weight)
+    mixer.release()
+    assert torch.allclose(weight.grad, expected) and torch.allclose(sketch, expected.flatten())  # type: ignore[arg-type]
