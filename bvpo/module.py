@@ -33,10 +33,10 @@ from bvpo.errors import UserError
 from bvpo.gradients import GradientMixer, Sketch
 from bvpo.losses import DPO, PreferenceLoss
 from bvpo.mixing import AlphaEstimate, Fixed, MixingPolicy, estimate_alpha
-from bvpo.moments import GradientWindow
 from bvpo.pairs import BRANCHES, Branch, PairBatch, SequenceBatch
 from bvpo.policy import LiveReference, Reference, load_policy, resolve_model, sequence_logps
 from bvpo.records import StepRecord, branch_metrics, gradient_metrics, window_metrics
+from bvpo.window import GradientWindow
 
 SKIPS_IN_A_ROW = 10
 

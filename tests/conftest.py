@@ -15,7 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # tiny matrices, and tests may run side by side
@@ -38,6 +38,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: i for i, token in enumerate([*special, "<unk>", " ", "\n", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    backend.decoder = decoders.Fuse()  # nothing is put between tokens
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=EOS, pad_token="<pad>", unk_token="<unk>", extra_special_tokens=special[2:]
     )
@@ -78,8 +79,8 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     for index in range(count):
         prompt = words(2, 6)
         sides = {
-            side: {"trace": f"<think> {words(3, 12)} </think> {words(1, 4)} {side[0]}", "empty": words(1, 5)}
-            for side in ("chosen", "rejected")
+            side: {"trace": f"<think> {words(3, 12)} </think> {words(1, 4)} {last}", "empty": f"{words(1, 5)} {last}"}
+            for side, last in (("chosen", "w1"), ("rejected", "w2"))
         }
         rows.append(
             {
@@ -88,8 +89,8 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
                 "chosen": sides["chosen"]["trace"] + EOS,
                 "rejected": sides["rejected"]["trace"] + EOS,
                 "empty_prompt": prompt + " <think> </think> ",
-                "empty_chosen": "w1 " + sides["chosen"]["empty"] + EOS,
-                "empty_rejected": "w2 " + sides["rejected"]["empty"] + EOS,
+                "empty_chosen": sides["chosen"]["empty"] + EOS,
+                "empty_rejected": sides["rejected"]["empty"] + EOS,
             }
         )
     return rows

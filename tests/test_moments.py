@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bvpo.moments import EMPTY, TRACE, GradientMoments, GradientWindow
+from bvpo.moments import EMPTY, TRACE, GradientMoments
+from bvpo.window import GradientWindow
 
 
 def gradients(units: int, width: int = 7, seed: int = 0) -> tuple[Tensor, Tensor]:

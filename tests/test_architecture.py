@@ -1,0 +1,59 @@
+"""Imports run downwards only, and the maths knows neither Lightning nor transformers."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "bvpo"
+LAYERS = [  # a file imports from the lines above its own only
+    ["errors", "tasks"],
+    ["losses", "gradients", "moments", "traces"],
+    ["mixing", "pairs", "sample", "window"],
+    ["oracle", "policy", "records"],
+    ["data", "evaluate"],
+    ["module"],
+    ["report", "runs"],
+    ["fit"],
+    ["assets.build_tiny_reasoner"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FILES = {
+    str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__init__.py"
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The package's own files that a file imports."""
+    names = {
+        node.module.removeprefix("bvpo.")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bvpo.")
+    }
+    return names
+
+
+def test_every_file_has_its_place() -> None:
+    assert FILES.keys() == LEVEL.keys()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_run_downwards(name: str) -> None:
+    for imported in imports(FILES[name]):
+        assert LEVEL[imported] < LEVEL[name], f"{name} imports {imported}"
+
+
+def test_the_maths_imports_neither_lightning_nor_transformers() -> None:
+    """Nor does anything that it imports: asked of a fresh interpreter, with torchmetrics for the window's shell."""
+    program = (
+        "import sys, bvpo.losses, bvpo.gradients, bvpo.moments, bvpo.mixing, bvpo.oracle\n"
+        "print([name for name in ('lightning', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,54 @@
+"""Every YAML under experiments/ is a config of the command on its first line, and every option there exists."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from bvpo.data import PairData
+from bvpo.fit import FitCLI
+from bvpo.module import BVPO
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(ROOT.glob("experiments/**/*.yaml"))
+
+
+def launch_command(path: Path) -> list[str]:
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# python -m bvpo."), f"{path}: the first line is the launch command"
+    return shlex.split(first.removeprefix("# "))
+
+
+@pytest.fixture(scope="module")
+def parser() -> LightningArgumentParser:
+    """The command's parser, without starting anything."""
+
+    class Parsed(FitCLI):
+        def before_instantiate_classes(self) -> None: ...
+
+        def instantiate_classes(self) -> None: ...
+
+    return Parsed(BVPO, PairData, run=False, args=[], auto_configure_optimizers=False).parser
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "experiments")))
+def test_a_config_is_parsed_by_its_own_command(
+    path: Path, parser: LightningArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    command = launch_command(path)
+    assert command[2] == "bvpo.fit" and str(path.relative_to(ROOT)) in command
+    config = parser.parse_args(command[3:])  # an option that does not exist is an error
+    for key, value in yaml.safe_load(path.read_text()).get("trainer", {}).items():
+        assert key == "callbacks" or config.trainer[key] == value
+
+
+def test_the_default_config_explains_every_field() -> None:
+    lines = (ROOT / "experiments" / "alpaca.yaml").read_text().splitlines()
+    fields = [line for line in lines if ":" in line and not line.lstrip().startswith("#")]
+    silent = [line for line in fields if "#" not in line and not line.rstrip().endswith(":")]
+    assert not silent
