@@ -17,7 +17,7 @@ LAYERS = [  # a file imports from the lines above its own only
     ["oracle", "policy", "records"],
     ["data", "evaluate"],
     ["module"],
-    ["report", "runs"],
+    ["analysis", "report", "runs"],
     ["fit"],
     ["assets.build_tiny_reasoner"],
 ]
