@@ -53,6 +53,8 @@ class FitCLI(LightningCLI):
             trainer.max_epochs = 1
         if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"] = [StepProgress()]
+        if self.config.model.beta is not None:  # the saved config then names one beta
+            self.config.model.loss.init_args.beta = self.config.model.beta
         self.root = Path(trainer.default_root_dir)
         self.checkpoint, self.version, self.resumed_at = None, None, None
         if self.config.ckpt_path is not None:

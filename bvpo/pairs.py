@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bvpo.errors import UserError
+from bvpo.traces import QWEN3, Response, ThinkFormat, answer_of, join, split
 
 BUILTIN = {"builtin:tiny_reasoner": Path(__file__).parent / "assets" / "tiny_reasoner_pairs.parquet"}
 TEXT_COLUMNS = ("prompt", "chosen", "rejected", "empty_prompt", "empty_chosen", "empty_rejected")
@@ -61,6 +63,26 @@ class SequenceBatch(NamedTuple):
     def pairs(self) -> int:
         return len(self.lengths) // 2
 
+    def part(self, index: slice) -> SequenceBatch:
+        """Some of the sequences, without the padding that they do not need."""
+        lengths = self.lengths[index]
+        ids = self.input_ids[index, : int(lengths.max())]
+        return SequenceBatch(ids, self.prompt_lengths[index], lengths, self.step_pairs)
+
+
+class AnchorBatch(NamedTuple):
+    """Several traces for each completion of the trace pairs: what the marginal anchor is computed from.
+
+    Attributes:
+        sequences: A sequences: a row's prompt, one of the traces, and the answer of one side.
+        completion: (A,) int64 index in [0, S): which completion of the trace branch a sequence belongs to.
+        log_q: (A,) float64 log q(r|x) that the trace was drawn with; None where the traces are posterior draws.
+    """
+
+    sequences: SequenceBatch
+    completion: Tensor
+    log_q: Tensor | None
+
 
 class PairBatch(NamedTuple):
     """One microbatch: the same rows in both branches.
@@ -69,12 +91,14 @@ class PairBatch(NamedTuple):
         trace, empty: The two estimators' sequences.
         prompts: (B,) int64 keys of the prompts.
         closes_step: Whether the optimizer steps after this microbatch.
+        anchors: The marginal anchor's sequences, where it is asked for.
     """
 
     trace: SequenceBatch
     empty: SequenceBatch
     prompts: Tensor
     closes_step: bool = True
+    anchors: AnchorBatch | None = None
 
 
 def load_rows(source: str) -> datasets.Dataset:
@@ -144,6 +168,38 @@ def tokenize_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     return tokenized
 
 
+def tokenize_anchors(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, think: ThinkFormat = QWEN3
+) -> dict[str, Any]:
+    """A trace pair's answers with several traces each: completions in ids, and log q of their traces.
+
+    `anchor_traces`, drawn independently of the pair, serve both sides. Without them the `trace_candidates` that give
+    a side's own answer serve that side: they are posterior draws, and log q is empty.
+
+    Raises:
+        UserError: The row has neither, or its close tag is no border between tokens.
+    """
+    drawn = row.get("anchor_traces")
+    candidates = drawn if drawn is not None else row.get("trace_candidates")
+    if not candidates:
+        raise UserError(f"{where}: the marginal anchor needs anchor_traces (or trace_candidates), and the row has none")
+    anchors: dict[str, Any] = {"anchor_log_q": [float(c["logprob"]) for c in candidates] if drawn is not None else []}
+    for side in ("chosen", "rejected"):
+        own = split(row[side], think)
+        whole = encode_completion(tokenizer, row[side])
+        head = encode_completion(tokenizer, join(replace(own, answer=""), think))
+        if not own.closed or whole[: len(head)] != head:
+            raise UserError(
+                f"{where}: field {side}: the trace's end is no border between tokens, so no anchor is possible"
+            )
+        answer = whole[len(head) :]
+        wanted = answer_of(row[side].removesuffix(str(tokenizer.eos_token)), "thinking", think)
+        traces = [c["trace"] for c in candidates if drawn is not None or c["answer"].strip() == wanted]
+        heads = [join(Response(trace, "", own.opened, closed=True), think) for trace in traces or [own.trace]]
+        anchors[f"anchor_{side}"] = [encode_completion(tokenizer, text) + answer for text in heads]
+    return anchors
+
+
 def prompt_key(prompt_id: str) -> int:
     """A 63-bit key of a prompt, the same in every process."""
     return int.from_bytes(hashlib.blake2b(prompt_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()) >> 1
@@ -161,8 +217,10 @@ def check_row(row: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: {chosen} equals {rejected}: a pair needs two different completions")
 
 
-def tokenize_rows(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, source: str) -> datasets.Dataset:
-    """Check and tokenize every row. Raises UserError at the first bad one."""
+def tokenize_rows(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, source: str, anchors: bool = False
+) -> datasets.Dataset:
+    """Check and tokenize every row, with its anchor traces if asked. Raises UserError at the first bad one."""
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
         where = f"{source}, row {index + 1}"
@@ -171,7 +229,7 @@ def tokenize_rows(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, so
         for name in TEXT_COLUMNS:
             if not tokenized[name]:
                 raise UserError(f"{where}: field {name} has no tokens")
-        return tokenized
+        return tokenized | (tokenize_anchors(row, tokenizer, where) if anchors else {})
 
     return rows.map(tokenize, with_indices=True, remove_columns=rows.column_names, desc=f"tokenizing {source}")
 
@@ -195,16 +253,33 @@ def collate(
         empty=_pad(rows, "empty_", pad_token_id, pairs),
         prompts=torch.tensor([row["prompt_key"] for row in rows]),
         closes_step=closes_step,
+        anchors=_anchors(rows, pad_token_id, pairs) if "anchor_chosen" in rows[0] else None,
     )
 
 
+def _anchors(rows: Sequence[Mapping[str, Any]], pad_token_id: int, step_pairs: int) -> AnchorBatch:
+    sequences, completion, log_q = [], [], []
+    for offset, side in ((0, "anchor_chosen"), (len(rows), "anchor_rejected")):
+        for index, row in enumerate(rows):
+            sequences += [(row["prompt"], ids) for ids in row[side]]
+            completion += [offset + index] * len(row[side])
+            log_q += row["anchor_log_q"]
+    drawn = torch.tensor(log_q, dtype=torch.float64) if log_q else None
+    return AnchorBatch(_padded(sequences, pad_token_id, step_pairs), torch.tensor(completion), drawn)
+
+
 def _pad(rows: Sequence[Mapping[str, Any]], prefix: str, pad_token_id: int, step_pairs: int) -> SequenceBatch:
-    prompts = [torch.tensor(row[prefix + "prompt"]) for row in rows] * 2
-    completions = [torch.tensor(row[prefix + side]) for side in ("chosen", "rejected") for row in rows]
-    sequences = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
+    sides = ("chosen", "rejected")
+    sequences = [(row[prefix + "prompt"], row[prefix + side]) for side in sides for row in rows]
+    return _padded(sequences, pad_token_id, step_pairs)
+
+
+def _padded(sequences: Sequence[tuple[list[int], list[int]]], pad_token_id: int, step_pairs: int) -> SequenceBatch:
+    """Sequences of prompt and completion ids, padded on the right."""
+    joined = [torch.tensor(prompt + completion) for prompt, completion in sequences]
     return SequenceBatch(
-        torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_token_id),
-        torch.tensor([len(prompt) for prompt in prompts]),
-        torch.tensor([len(sequence) for sequence in sequences]),
+        torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=pad_token_id),
+        torch.tensor([len(prompt) for prompt, _ in sequences]),
+        torch.tensor([len(ids) for ids in joined]),
         step_pairs,
     )

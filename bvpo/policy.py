@@ -83,7 +83,18 @@ def _turn_dropout_off(config: Any) -> None:
 
 
 def sequence_logps(model: nn.Module, batch: SequenceBatch) -> PairLogps:
-    """Log-probabilities of the completions, padded: one forward pass over all sequences of the batch.
+    """Log-probabilities of a branch's pairs: one forward pass over all sequences of the batch."""
+    return by_side(completion_logps(model, batch), batch)
+
+
+def by_side(sums: Tensor, batch: SequenceBatch) -> PairLogps:
+    """(S,) sums as those of the chosen and the rejected completions."""
+    tokens = batch.lengths - batch.prompt_lengths
+    return PairLogps(*sums.chunk(2), *tokens.chunk(2))
+
+
+def completion_logps(model: nn.Module, batch: SequenceBatch) -> Tensor:
+    """(S,) log π(completion | prompt) of padded sequences, in nats.
 
     Logits are computed from the shortest prompt's end on only, where the model can do so.
     """
@@ -96,12 +107,7 @@ def sequence_logps(model: nn.Module, batch: SequenceBatch) -> PairLogps:
     targets = batch.input_ids[:, first + 1 :]
     sums = torch.zeros(scored.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     sums[scored] = token_logps(logits[scored], targets[scored])  # (N, V), (N,)
-    return _by_side(sums.sum(1), batch)
-
-
-def _by_side(sums: Tensor, batch: SequenceBatch) -> PairLogps:
-    tokens = batch.lengths - batch.prompt_lengths
-    return PairLogps(*sums.chunk(2), *tokens.chunk(2))
+    return sums.sum(1)
 
 
 def _keeps_logits(model: nn.Module) -> bool:
@@ -112,7 +118,12 @@ class Reference(ABC):
     """π_ref: gives the reference's log-probabilities of a batch, without a gradient."""
 
     @abstractmethod
-    def logps(self, batch: SequenceBatch) -> PairLogps: ...
+    def completion_logps(self, batch: SequenceBatch) -> Tensor:
+        """(S,) log π_ref(completion | prompt), without a gradient."""
+
+    def logps(self, batch: SequenceBatch) -> PairLogps:
+        """The same of a branch's pairs."""
+        return by_side(self.completion_logps(batch), batch)
 
     @abstractmethod
     def to(self, device: torch.device) -> None: ...
@@ -130,8 +141,8 @@ class LiveReference(Reference):
         return cls(copy.deepcopy(policy))
 
     @torch.no_grad()
-    def logps(self, batch: SequenceBatch) -> PairLogps:
-        return sequence_logps(self.model, batch)
+    def completion_logps(self, batch: SequenceBatch) -> Tensor:
+        return completion_logps(self.model, batch)
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "bvpo"
 LAYERS = [  # a file imports from the lines above its own only
     ["errors", "tasks"],
-    ["losses", "gradients", "moments", "traces"],
+    ["anchor", "losses", "gradients", "moments", "traces"],
     ["mixing", "pairs", "sample", "window"],
     ["oracle", "policy", "records"],
     ["data", "evaluate"],

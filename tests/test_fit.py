@@ -49,7 +49,8 @@ def test_the_run_folder_holds_the_resolved_config_and_is_never_overwritten(fit_l
     second = fit_llama("--trainer.max_steps=1", "--model.beta=0.2")
     assert (first.name, second.name) == ("version_0", "version_1")
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
-    assert yaml.safe_load((second / "config.yaml").read_text())["model"]["beta"] == 0.2
+    saved = yaml.safe_load((second / "config.yaml").read_text())["model"]
+    assert saved["beta"] == saved["loss"]["init_args"]["beta"] == 0.2
     assert fit.main([f"--config={second / 'config.yaml'}"]) == 0  # a saved config is a config
     assert (second.parent / "version_2" / "metrics.csv").exists()
 

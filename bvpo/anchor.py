@@ -1,0 +1,71 @@
+"""The marginal anchor: log π(y|x) from K traces a completion, so that μ is the gradient of the marginal loss.
+
+    prior draws,      r_k ~ q(r|x):    log π(y|x)            ≈ logsumexp_k[ log π(r_k,y|x) − log q(r_k|x) ] − log K
+    posterior draws,  r_k ~ π_ref(r|x,y): log π(y|x)/π_ref(y|x) ≈ logsumexp_k[ log π(r_k,y)/π_ref(r_k,y) ] − log K
+
+Policy and reference use the same traces. The bias is O(1/K) and grows as the weights become uneven. Trust needs both a
+good effective sample size and agreement of disjoint halves of the traces: the size alone misses a mode that few hit.
+
+Shapes: C completions (chosen and rejected answers of a microbatch's rows), A sequences (a completion with one trace).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def group_logsumexp(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """log Σ exp(values) within each group: (A,) values and group indices → (groups,); −inf where a group is empty."""
+    top = torch.full((groups,), -torch.inf, dtype=values.dtype, device=values.device)
+    top = top.scatter_reduce(0, group, values.detach(), "amax")
+    sums = torch.zeros_like(top).scatter_add(0, group, (values - top[group]).exp())
+    return sums.log() + top
+
+
+def marginal_logps(logps: Tensor, proposal: Tensor, completion: Tensor, completions: int) -> Tensor:
+    """(C,) estimates of log π(y|x), up to a constant that policy and reference share.
+
+    Args:
+        logps: (A,) log π(r_k, y | x).
+        proposal: (A,) log q(r_k | x); log π_ref(r_k, y | x) for posterior draws.
+        completion: (A,) which of the completions a sequence belongs to.
+    """
+    counts = torch.bincount(completion, minlength=completions).to(logps)
+    return group_logsumexp(logps - proposal, completion, completions) - counts.log()
+
+
+@dataclass(frozen=True)
+class AnchorQuality:
+    """How far an anchor can be trusted, averaged over completions.
+
+    Attributes:
+        effective_size: 1/Σ w² of the normalised weights w_k ∝ π(r_k,y|x)/q(r_k|x): at most K.
+        half_difference: |log π(y|x) from the even traces − from the odd ones|, in nats; NaN where K = 1.
+    """
+
+    effective_size: Tensor
+    half_difference: Tensor
+
+
+@torch.no_grad()
+def anchor_quality(logps: Tensor, proposal: Tensor, completion: Tensor, completions: int) -> AnchorQuality:
+    """Quality of the estimates of `marginal_logps`, from the same arguments."""
+    weights = logps - proposal
+    total = group_logsumexp(weights, completion, completions)
+    square = torch.zeros_like(total).scatter_add(0, completion, (2 * (weights - total[completion])).exp())
+    even = _rank_in_group(completion) % 2 == 0
+    halves = [marginal_logps(logps[half], proposal[half], completion[half], completions) for half in (even, ~even)]
+    difference = (halves[0] - halves[1]).abs()
+    return AnchorQuality((1 / square).mean(), difference[difference.isfinite()].mean())
+
+
+def _rank_in_group(group: Tensor) -> Tensor:
+    """(A,) 0, 1, 2, … within each group, in the order of appearance."""
+    order = group.argsort(stable=True)
+    starts = torch.bincount(group).cumsum(0) - torch.bincount(group)
+    rank = torch.empty_like(group)
+    rank[order] = torch.arange(len(group), device=group.device) - starts[group[order]]
+    return rank
