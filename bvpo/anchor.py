@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bvpo.losses import PairLogps, PreferenceLoss
+
 
 def group_logsumexp(values: Tensor, group: Tensor, groups: int) -> Tensor:
     """log Σ exp(values) within each group: (A,) values and group indices → (groups,); −inf where a group is empty."""
@@ -60,6 +62,24 @@ def anchor_quality(logps: Tensor, proposal: Tensor, completion: Tensor, completi
     halves = [marginal_logps(logps[half], proposal[half], completion[half], completions) for half in (even, ~even)]
     difference = (halves[0] - halves[1]).abs()
     return AnchorQuality((1 / square).mean(), difference[difference.isfinite()].mean())
+
+
+def marginal_coefficients(
+    loss: PreferenceLoss, policy: Tensor, reference: Tensor, proposal: Tensor, completion: Tensor, completions: int
+) -> tuple[Tensor, AnchorQuality]:
+    """(A,) ∂L/∂ log π(r_k,y|x) of the summed marginal loss, and the estimates' quality.
+
+    Args:
+        policy, reference, proposal: (A,) log π(r_k,y|x), log π_ref(r_k,y|x) and log q(r_k|x), as in `marginal_logps`.
+        completion: (A,) which completion a sequence belongs to: the chosen ones come first, then the rejected ones.
+    """
+    leaf = policy.detach().requires_grad_()
+    with torch.enable_grad():
+        sides = [marginal_logps(logps, proposal, completion, completions).chunk(2) for logps in (leaf, reference)]
+        tokens = torch.ones_like(sides[0][0])  # a marginal probability has no length
+        losses = loss(*(PairLogps(chosen, rejected, tokens, tokens) for chosen, rejected in sides))
+        (coefficients,) = torch.autograd.grad(losses.sum(), leaf)
+    return coefficients, anchor_quality(policy, proposal, completion, completions)
 
 
 def _rank_in_group(group: Tensor) -> Tensor:

@@ -176,8 +176,10 @@ class PairData(L.LightningDataModule):
 
     def _load(self) -> dict[str, datasets.Dataset]:
         self.tokenizer = load_tokenizer(self.tokenizer_name)
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        anchors = module is not None and module.mixing.anchor == "marginal"
         return {
-            name: self._within_length(tokenize_rows(load_rows(source), self.tokenizer, source), source)
+            name: self._within_length(tokenize_rows(load_rows(source), self.tokenizer, source, anchors), source)
             for name, source in self.sources.items()
             if source is not None
         }

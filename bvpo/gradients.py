@@ -5,10 +5,10 @@ Shapes: P parameters (the flat gradient's length), D numbers of a sketch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,36 @@ def signs(first: int, count: int, seed: int, device: torch.device) -> Tensor:
     return 1 - 2 * bits.to(torch.int8)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Parameters with one mixing weight: their places among the trained ones, and the sketch of their gradient."""
+
+    name: str
+    members: list[int]
+    sketch: Sketch
+
+
+def single_group(parameters: Sequence[nn.Parameter], sketch_size: int) -> list[Group]:
+    """All parameters in one group."""
+    total = sum(p.numel() for p in parameters)
+    return [Group("all", list(range(len(parameters))), Sketch(total, sketch_size))]
+
+
+def layer_groups(parameters: Mapping[str, nn.Parameter], sketch_size: int) -> list[Group]:
+    """The embedding, each layer, and the rest (final norm, head), by the parameters' names.
+
+    The sketch's numbers are shared out evenly; a group with fewer parameters than its share is kept exactly.
+    """
+    members: dict[str, list[int]] = {}
+    for index, name in enumerate(parameters):
+        layer = re.search(r"\.(\d+)\.", name)
+        embedding = re.search(r"embed|wte|wpe", name)
+        members.setdefault(f"layer_{layer[1]}" if layer else "embedding" if embedding else "head", []).append(index)
+    sizes = [p.numel() for p in parameters.values()]
+    share = max(1, sketch_size // len(members))
+    return [Group(name, own, Sketch(sum(sizes[i] for i in own), share)) for name, own in members.items()]
+
+
 class GradientMixer:
     """Collects Σ_k w_k g_k over the backward passes of one optimizer step, and a sketch of each g_k.
 
@@ -81,45 +111,59 @@ class GradientMixer:
 
     Args:
         parameters: Those that are trained, in an order that does not change between runs.
-        sketch: None where no statistics are wanted.
+        groups: A partition of them; a sketch is its groups' sketches one after the other.
+        sketching: False where no statistics are wanted.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], sketch: Sketch | None) -> None:
-        self.parameters, self.sketch = list(parameters), sketch
-        self.offsets = [0, *accumulate(p.numel() for p in self.parameters)]
+    def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[Group], sketching: bool = True) -> None:
+        self.parameters, self.groups, self.sketching = list(parameters), list(groups), sketching
+        self.width = sum(group.sketch.width for group in groups)
         self._mixed: list[Tensor | None] = [None] * len(self.parameters)
-        self._weight = 1.0
+        self._weights = [1.0] * len(self.groups)
         self._target: Tensor | None = None
+        self._places = self._layout()
         self._handles: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in enumerate(self.parameters)
         ]
 
-    def _hook(self, index: int):  # type: ignore[no-untyped-def]
-        offset = self.offsets[index]
+    def _layout(self) -> dict[int, tuple[int, int, int]]:
+        """Of each parameter: its group, where the group's sketch starts, and its offset in the group's gradient."""
+        places, start = {}, 0
+        for number, group in enumerate(self.groups):
+            offset = 0
+            for index in group.members:
+                places[index] = (number, start, offset)
+                offset += self.parameters[index].numel()
+            start += group.sketch.width
+        return places
+
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        number, start, offset = self._places[index]
+        sketch = self.groups[number].sketch
 
         @torch.no_grad()
         def collect(parameter: Tensor) -> None:
             gradient = parameter.grad
             assert gradient is not None
             parameter.grad = None
-            if self._target is not None and self.sketch is not None:
-                self.sketch.add_(self._target, gradient.flatten(), offset)
-            mixed = self._mixed[index]
+            if self._target is not None:
+                sketch.add_(self._target[start : start + sketch.width], gradient.flatten(), offset)
+            mixed, weight = self._mixed[index], self._weights[number]
             if mixed is not None:
-                mixed.add_(gradient, alpha=self._weight)
-            elif self._weight != 0.0:
-                self._mixed[index] = gradient if self._weight == 1.0 else gradient.mul_(self._weight)
+                mixed.add_(gradient, alpha=weight)
+            elif weight != 0.0:
+                self._mixed[index] = gradient if weight == 1.0 else gradient.mul_(weight)
 
         return collect
 
     @contextmanager
-    def collecting(self, weight: float) -> Iterator[Tensor | None]:
-        """The backward pass inside goes into the mixture with this weight; yields its sketch (D,), filled on exit."""
-        self._weight = weight
-        if self.sketch is not None:
+    def collecting(self, weights: Sequence[float]) -> Iterator[Tensor | None]:
+        """The backward passes inside go into the mixture with a weight a group; yields their sketch, (D,)."""
+        self._weights = list(weights)
+        if self.sketching:
             first = self.parameters[0]
             dtype = torch.promote_types(first.dtype, torch.float32)
-            self._target = torch.zeros(self.sketch.width, dtype=dtype, device=first.device)
+            self._target = torch.zeros(self.width, dtype=dtype, device=first.device)
         yield self._target
         self._target = None
 

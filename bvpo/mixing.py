@@ -149,6 +149,11 @@ class AlphaEstimate:
     reused_fraction: float
     reason: str = ""
 
+    @classmethod
+    def refused(cls, reason: str, steps: int = 0, units: int = 0, reused_fraction: float = 0.0) -> AlphaEstimate:
+        """No estimate, and why."""
+        return cls(None, None, None, steps, units, reused_fraction, reason)
+
     def interval(self, level: float = 0.95) -> tuple[float, float] | None:
         """Student-t interval with steps − 1 degrees of freedom, cut to [0, 1]; None without a standard error."""
         if self.ratio is None or self.standard_error is None:
@@ -173,7 +178,7 @@ def estimate_alpha(moments: GradientMoments, batch_size: float, anchor: Anchor =
     steps = len(moments.steps.unique())
 
     def without(reason: str) -> AlphaEstimate:
-        return AlphaEstimate(None, None, None, steps, len(moments), moments.reused_fraction, reason)
+        return AlphaEstimate.refused(reason, steps, len(moments), moments.reused_fraction)
 
     if not bool(moments.independent.any()):
         return without(f"{len(moments)} units hold no two without a common prompt: at least two are needed")
@@ -197,16 +202,29 @@ def _ratios(moments: GradientMoments, keep: Tensor | None, batch_size: float, an
     return numerator / curvature, curvature
 
 
+@dataclass(frozen=True, kw_only=True)
 class MixingPolicy(ABC):
-    """What `--model.mixing` takes: the weight of a step from the steps before it. Subclasses are frozen dataclasses.
+    """What `--model.mixing` takes: the weight of a step from the steps before it, and how α̂ is estimated.
 
-    Attributes:
-        window: Optimizer steps whose units α̂ is estimated from, logged whatever the policy; 0 turns the statistics off.
-        anchor: What stands for μ in α̂.
+    α̂ is logged whatever the policy. Subclasses are frozen dataclasses.
+
+    Args:
+        window: Optimizer steps whose units α̂ is estimated from; 0 turns the statistics off, and with them the passes of
+            an estimator whose weight is 0.
+        anchor: What stands for μ: `trace` takes E g_t, `marginal` needs rows with `anchor_traces` (or
+            `trace_candidates`).
+        anchor_every: Optimizer steps between two measurements of the marginal anchor.
+        per_group: Whether the embedding, each layer and the head get an estimate of their own.
     """
 
-    window: int
-    anchor: Anchor
+    window: int = 16
+    anchor: Anchor = "trace"
+    anchor_every: int = 4
+    per_group: bool = False
+
+    def __post_init__(self) -> None:
+        _check_count("window", self.window, 0)
+        _check_count("anchor_every", self.anchor_every, 1)
 
     @abstractmethod
     def weight(self, step: int, estimate: AlphaEstimate | None) -> float:
@@ -229,18 +247,13 @@ class Fixed(MixingPolicy):
 
     Args:
         alpha: Weight of the trace gradient; 1 is trace-only DPO, 0 empty-trace-only.
-        window: Optimizer steps that the logged α̂ is estimated from; 0 turns the statistics off, and with them the
-            passes of an estimator whose weight is 0.
-        anchor: What stands for μ in α̂.
     """
 
     alpha: float = 0.5
-    window: int = 16
-    anchor: Anchor = "trace"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_alpha("alpha", self.alpha)
-        _check_count("window", self.window, 0)
 
     def weight(self, step: int, estimate: AlphaEstimate | None) -> float:
         return self.alpha
@@ -251,20 +264,17 @@ class Optimal(MixingPolicy):
     """α̂ of the last `window` optimizer steps, for the batch in use.
 
     Args:
-        anchor: What stands for μ.
-        window: Optimizer steps that α̂ is estimated from.
         warmup_steps: Steps taken with `start` before α̂ is trusted.
         bounds: α is kept within them.
         start: α until then, and wherever there is no estimate.
     """
 
-    anchor: Anchor = "trace"
-    window: int = 16
     warmup_steps: int = 8
     bounds: tuple[float, float] = (0.0, 1.0)
     start: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_alpha("start", self.start)
         _check_alpha("the lower bound", self.bounds[0])
         _check_alpha("the upper bound", self.bounds[1])
@@ -286,20 +296,17 @@ class Schedule(MixingPolicy):
     Args:
         start, end: Weights of the trace gradient.
         steps: Length of the line.
-        window, anchor: As in `Fixed`.
     """
 
     start: float = 0.0
     end: float = 1.0
     steps: int = 100
-    window: int = 16
-    anchor: Anchor = "trace"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_alpha("start", self.start)
         _check_alpha("end", self.end)
         _check_count("steps", self.steps, 1)
-        _check_count("window", self.window, 0)
 
     def weight(self, step: int, estimate: AlphaEstimate | None) -> float:
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)

@@ -28,15 +28,16 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from bvpo.anchor import marginal_coefficients
 from bvpo.data import PairData
 from bvpo.errors import UserError
-from bvpo.gradients import GradientMixer, Sketch
+from bvpo.gradients import GradientMixer, Group, layer_groups, single_group
 from bvpo.losses import DPO, PreferenceLoss
-from bvpo.mixing import AlphaEstimate, Fixed, MixingPolicy, estimate_alpha
+from bvpo.mixing import Fixed, MixingPolicy
+from bvpo.monitor import GradientMonitor
 from bvpo.pairs import BRANCHES, Branch, PairBatch, SequenceBatch
-from bvpo.policy import LiveReference, Reference, load_policy, resolve_model, sequence_logps
-from bvpo.records import StepRecord, branch_metrics, gradient_metrics, window_metrics
-from bvpo.window import GradientWindow
+from bvpo.policy import LiveReference, Reference, completion_logps, load_policy, resolve_model, sequence_logps
+from bvpo.records import StepRecord, branch_metrics, gradient_metrics
 
 SKIPS_IN_A_ROW = 10
 
@@ -94,11 +95,13 @@ class BVPO(L.LightningModule):
         self.policy_name, self.reference_name = policy, reference
         self.loss = loss if beta is None else loss.with_beta(beta)
         self.mixing = mixing
+        if mixing.anchor == "marginal" and not isinstance(self.loss, DPO):
+            raise UserError("the marginal anchor is defined for DPO: a marginal probability has no length to divide by")
         self.learning_rate, self.warmup_steps, self.schedule = learning_rate, warmup_steps, schedule
         self.weight_decay, self.accumulate, self.clip, self.sketch_size = weight_decay, accumulate, clip, sketch_size
 
         self.reference: Reference | None = None
-        self.estimate: AlphaEstimate | None = None
+        self.monitor: GradientMonitor | None = None
         self.metrics: dict[str, float] = {}  # of the last optimizer step
         self.skipped = 0
         self._skipped_in_a_row = 0
@@ -117,8 +120,9 @@ class BVPO(L.LightningModule):
             assert self.reference_name is not None
             self.reference = LiveReference(load_policy(self.reference_name, torch.get_default_dtype()))
         if self.mixing.window:
+            units = 1 if self._step_is_unit else self.accumulate
             dtype = torch.promote_types(self.policy.dtype, torch.float32)
-            self.window = GradientWindow(self.mixing.window * self._units_a_step, self._sketch().width, dtype)
+            self.monitor = GradientMonitor(self.mixing, self._groups(), units, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BVPO:
         """Move buffers, but never cast them: `bf16-true` would round the rotary frequencies to 8 bits, which turns the
@@ -129,15 +133,14 @@ class BVPO(L.LightningModule):
             owner._buffers[name] = buffer.to(cast(Tensor, owner._buffers[name]).device)
         return self
 
-    def _sketch(self) -> Sketch:
-        return Sketch(sum(p.numel() for p in self._trained()), self.sketch_size)
+    def _groups(self) -> list[Group]:
+        trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        if self.mixing.per_group:
+            return layer_groups(trained, self.sketch_size)
+        return single_group(list(trained.values()), self.sketch_size)
 
     def _trained(self) -> list[torch.nn.Parameter]:
         return [p for p in self.policy.parameters() if p.requires_grad]
-
-    @property
-    def _units_a_step(self) -> int:
-        return 1 if self._step_is_unit else self.accumulate
 
     @property
     def _step_is_unit(self) -> bool:
@@ -160,10 +163,10 @@ class BVPO(L.LightningModule):
     def on_fit_start(self) -> None:
         assert self.reference is not None
         self.reference.to(self.device)
-        self.gradients = GradientMixer(self._trained(), self._sketch() if self.mixing.window else None)
+        self.gradients = GradientMixer(self._trained(), self._groups(), sketching=self.monitor is not None)
         self.batch_rows = self._data.sampler().step_rows
-        if self.mixing.window and int(self.window.seen):  # resumed: α of the next step comes from the restored window
-            self.estimate = estimate_alpha(self.window.moments(), self.batch_rows, self.mixing.anchor)
+        if self.monitor is not None:
+            self.monitor.resume(self.batch_rows)
 
     def on_fit_end(self) -> None:
         self.gradients.close()
@@ -176,25 +179,58 @@ class BVPO(L.LightningModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         if self._step is None:
-            self._step = StepRecord(self.mixing.weight(self.global_step, self.estimate))
-        alpha = self._step.alpha
-        for branch, sequences, weight in (("trace", batch.trace, alpha), ("empty", batch.empty, 1 - alpha)):
-            if weight or self.mixing.window:
-                self._backward(self._step, cast(Branch, branch), sequences, weight)
-        self._step.prompts.append(batch.prompts)
+            self._step = StepRecord(self._weights())
+        step, alphas = self._step, self._step.weights
+        self._backward(step, "trace", batch.trace, alphas)
+        self._backward(step, "empty", batch.empty, [1 - alpha for alpha in alphas])
+        if self.monitor is not None and self.monitor.measures_anchor(self.global_step):
+            self._measure_anchor(step, batch)
+        step.prompts.append(batch.prompts)
         if batch.closes_step:
-            self._optimize(self._step)
+            self._optimize(step)
             self._step = None
 
-    def _backward(self, step: StepRecord, branch: Branch, sequences: SequenceBatch, weight: float) -> None:
+    def _weights(self) -> list[float]:
+        """α of each parameter group, from past steps only."""
+        return (
+            [self.mixing.weight(self.global_step, None)]
+            if self.monitor is None
+            else self.monitor.weights(self.global_step)
+        )
+
+    def _backward(self, step: StepRecord, branch: Branch, sequences: SequenceBatch, weights: list[float]) -> None:
         """One estimator's pass over one microbatch: its gradient goes, weighted, into the mixture."""
         assert self.reference is not None
-        with self.gradients.collecting(weight) as sketch:
+        if not any(weights) and self.monitor is None:
+            return
+        with self.gradients.collecting(weights) as sketch:
             policy, reference = sequence_logps(self.policy, sequences), self.reference.logps(sequences)
             losses = self.loss(policy, reference)  # (B,)
             self.manual_backward(losses.sum() / sequences.step_pairs)
-        metrics = branch_metrics(branch, losses.detach(), policy, reference, self.loss.beta)
-        step.add(branch, metrics, sequences, sketch)
+        step.add(branch_metrics(branch, losses.detach(), policy, reference, self.loss.beta), sequences)
+        step.add_sketch(branch, sketch, sequences.pairs, sequences.step_pairs)
+
+    def _measure_anchor(self, step: StepRecord, batch: PairBatch) -> None:
+        """The marginal loss's gradient on one microbatch, sketched and not mixed in.
+
+        ∇L = Σ_k ∂L/∂ℓ_k ∇ℓ_k over the log-probabilities ℓ_k of all its sequences. The coefficients are found first,
+        without a graph; then as many sequences as a branch has are taken through the model at a time.
+        """
+        anchors, width = batch.anchors, len(batch.trace.lengths)
+        assert self.reference is not None and anchors is not None
+        parts = [slice(first, first + width) for first in range(0, len(anchors.completion), width)]
+        sequences = [anchors.sequences.part(part) for part in parts]
+        with torch.no_grad():
+            policy = torch.cat([completion_logps(self.policy, part) for part in sequences]).double()
+            reference = torch.cat([self.reference.completion_logps(part) for part in sequences]).double()
+        proposal = reference if anchors.log_q is None else anchors.log_q
+        coefficients, quality = marginal_coefficients(self.loss, policy, reference, proposal, anchors.completion, width)
+        with self.gradients.collecting([0.0] * len(step.weights)) as sketch:
+            for part, index in zip(sequences, parts, strict=True):
+                logps = completion_logps(self.policy, part)
+                self.manual_backward((logps * coefficients[index].to(logps)).sum() / batch.trace.step_pairs)
+        step.add_sketch("anchor", sketch, batch.trace.pairs, batch.trace.step_pairs)
+        step.qualities.append(quality)
 
     def _optimize(self, step: StepRecord) -> None:
         """Clip, step, schedule; then the window of units, α̂ and the log."""
@@ -213,12 +249,9 @@ class BVPO(L.LightningModule):
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        if units is not None:
-            units = units.merged() if self._step_is_unit else units
-            self.window.update(units.trace, units.empty, units.rows, units.prompts, number)
-            moments = self.window.moments()
-            self.estimate = estimate_alpha(moments, self.batch_rows, self.mixing.anchor)
-            metrics |= window_metrics(moments, self.estimate, step.alpha, self.batch_rows, self.mixing.anchor)
+        if self.monitor is not None and units is not None:
+            metrics |= self.monitor.update(units.merged() if self._step_is_unit else units, number, step.quality)
+            metrics |= self.monitor.metrics(step.weights)
         self._log_step(metrics, number)
 
     def _finite(self, metrics: dict[str, float], number: int) -> bool:

@@ -102,10 +102,10 @@ def _mixing_table(module: BVPO) -> Table:
         if value is not None:
             table.add_row(name, f"{value:.3g}" + (f" ± {error:.2g}" if error is not None else ""), meaning)
 
-    estimate = module.estimate
+    estimate = module.monitor.estimate if module.monitor is not None else None
     row("α in use", metrics.get("mixing/alpha"), "weight of the trace gradient")
     if estimate is not None:
-        row("α̂", estimate.value, "weight of least error, trace anchor", estimate.standard_error)
+        row("α̂", estimate.value, f"weight of least error, {module.mixing.anchor} anchor", estimate.standard_error)
         if estimate.value is None:
             table.add_row("α̂", "—", estimate.reason)
     row("error ratio", metrics.get("mixing/mse_ratio"), "squared error at α over that at α̂")

@@ -1,11 +1,13 @@
 """The window of units that a run keeps: state around the pure functions of `moments`.
 
-Shapes: U units of one optimizer step, R rows a unit, D numbers of a gradient's sketch.
+Shapes: U units of one optimizer step, C units kept, E estimators, R rows a unit, G parameter groups,
+D numbers of a gradient's sketch: its groups' numbers one after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -22,25 +24,29 @@ class GradientWindow(Metric):
 
     Args:
         capacity: Units kept; an older one gives its place to a new one.
-        width: D, numbers of a sketch.
+        widths: Numbers of each parameter group's sketch.
+        estimators: 2 (trace, empty), or 3 with an anchor.
         dtype: Of the vectors; products are float64.
     """
 
     full_state_update = False
-    vectors: Tensor
-    gram: Tensor
-    rows: Tensor
-    prompts: Tensor
-    steps: Tensor
-    seen: Tensor
+    vectors: Tensor  # (E, C, D)
+    grams: Tensor  # (G, E, E, C, C)
+    rows: Tensor  # (C,)
+    prompts: Tensor  # (C, R)
+    steps: Tensor  # (C,)
+    seen: Tensor  # ()
 
-    def __init__(self, capacity: int, width: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, capacity: int, widths: Sequence[int], estimators: int = 2, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__(sync_on_compute=False, dist_sync_on_step=False)
         if capacity < 1:
             raise ValueError(f"a window holds at least one unit, got a capacity of {capacity}")
         self.capacity = capacity
-        self._keep("vectors", torch.zeros(2, capacity, width, dtype=dtype))
-        self._keep("gram", torch.zeros(2, 2, capacity, capacity, dtype=torch.float64))
+        self.cuts = [slice(*ends) for ends in pairwise([0, *accumulate(widths)])]
+        self._keep("vectors", torch.zeros(estimators, capacity, sum(widths), dtype=dtype))
+        self._keep("grams", torch.zeros(len(widths), estimators, estimators, capacity, capacity, dtype=torch.float64))
         self._keep("rows", torch.zeros(capacity, dtype=torch.float64))
         self._keep("prompts", torch.full((capacity, 1), -1))
         self._keep("steps", torch.full((capacity,), -1))
@@ -57,15 +63,16 @@ class GradientWindow(Metric):
 
         return super()._apply(move, exclude_state)
 
-    def update(self, trace: Tensor, empty: Tensor, rows: Tensor, prompts: Tensor, step: int) -> None:
-        """Add the units of one optimizer step: (U, D) trace and empty gradients, (U,) rows, (U, R) prompt keys."""
-        new = torch.stack([trace, empty])[:, -self.capacity :].to(self.vectors)
+    def update(self, gradients: Tensor, rows: Tensor, prompts: Tensor, step: int) -> None:
+        """Add the units of one optimizer step: (E, U, D) gradients, (U,) rows, (U, R) prompt keys."""
+        new = gradients[:, -self.capacity :].to(self.vectors)
         units = new.shape[1]
         slots = (int(self.seen) + torch.arange(units, device=new.device)) % self.capacity
         self.vectors[:, slots] = new
-        products = torch.einsum("aud,bcd->abuc", new.double(), self.vectors.double())
-        self.gram[:, :, slots, :] = products
-        self.gram[:, :, :, slots] = products.permute(1, 0, 3, 2)
+        for gram, cut in zip(self.grams, self.cuts, strict=True):
+            products = torch.einsum("aud,bcd->abuc", new[..., cut].double(), self.vectors[..., cut].double())
+            gram[:, :, slots, :] = products
+            gram[:, :, :, slots] = products.permute(1, 0, 3, 2)
         self.rows[slots] = rows[-units:].to(self.rows)
         self.prompts = pad_columns(self.prompts, prompts.shape[1])
         self.prompts[slots] = pad_columns(prompts[-units:].to(self.prompts), self.prompts.shape[1])
@@ -73,17 +80,18 @@ class GradientWindow(Metric):
         self.seen += units
 
     def compute(self) -> Tensor:
-        """(2, 2) trΣ_ab per row, of trace and empty gradients. Raises ValueError where no unit is held."""
+        """(E, E) trΣ_ab per row, of all estimators. Raises ValueError where no unit is held."""
         return self.moments().statistics().covariance[..., 0]
 
-    def moments(self) -> GradientMoments:
-        """The units held, as they are. Raises ValueError where there is none."""
+    def moments(self, group: int | None = None) -> GradientMoments:
+        """The units held: of one parameter group, or of all parameters. Raises ValueError where no unit is held."""
         units = min(int(self.seen), self.capacity)
         if units == 0:
             raise ValueError("the window holds no unit yet")
+        gram, cut = (self.grams.sum(0), slice(None)) if group is None else (self.grams[group], self.cuts[group])
         return GradientMoments(
-            self.vectors[:, :units],
-            self.gram[:, :, :units, :units].cpu(),
+            self.vectors[:, :units, cut],
+            gram[:, :, :units, :units].cpu(),
             self.rows[:units].cpu(),
             self.prompts[:units].cpu(),
             self.steps[:units].cpu(),

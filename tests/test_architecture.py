@@ -12,10 +12,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "bvpo"
 LAYERS = [  # a file imports from the lines above its own only
     ["errors", "tasks"],
-    ["anchor", "losses", "gradients", "moments", "traces"],
-    ["mixing", "pairs", "sample", "window"],
-    ["oracle", "policy", "records"],
-    ["data", "evaluate"],
+    ["losses", "gradients", "moments", "traces"],
+    ["anchor", "mixing", "pairs", "sample", "window"],
+    ["monitor", "oracle", "policy"],
+    ["data", "evaluate", "records"],
     ["module"],
     ["analysis", "report", "runs"],
     ["fit"],

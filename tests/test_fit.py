@@ -78,7 +78,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(fit_llama: Fit, tmp_path: Pa
 
 def test_the_reference_is_in_no_checkpoint(fit_llama: Fit) -> None:
     checkpoint = torch.load(fit_llama("--trainer.max_steps=1") / "checkpoints" / "last.ckpt", weights_only=True)
-    assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"policy", "window"}
+    assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"policy", "monitor"}
 
 
 def test_validation_rows_are_logged_and_leave_the_weights_alone(fit_llama: Fit, pairs_file: Path) -> None:

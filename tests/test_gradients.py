@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bvpo.gradients import CHUNK, GradientMixer, Sketch, signs
+from bvpo.gradients import CHUNK, GradientMixer, Sketch, layer_groups, signs, single_group
 
 CPU = torch.device("cpu")
 
@@ -80,10 +80,10 @@ def test_the_mixture_and_the_sketches_are_those_of_two_plain_backwards(weights: 
     inputs = torch.randn(2, 5, 3, dtype=torch.float64)
     losses = [lambda x=x: model(x).square().sum() for x in inputs]
     plain = [torch.autograd.grad(loss(), parameters) for loss in losses]
-    mixer = GradientMixer(parameters, Sketch(sum(p.numel() for p in parameters)))
+    mixer = GradientMixer(parameters, single_group(parameters, 65_536))
     sketches = []
     for loss, weight in zip(losses, weights, strict=True):
-        with mixer.collecting(weight) as sketch:
+        with mixer.collecting([weight]) as sketch:
             loss().backward()
         sketches.append(sketch)
     assert all(p.grad is None for p in parameters)  # freed as produced
@@ -101,9 +101,40 @@ def test_the_mixture_and_the_sketches_are_those_of_two_plain_backwards(weights: 
 def test_a_tied_parameter_counts_once_with_both_its_gradients() -> None:
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
-    mixer = GradientMixer([weight], Sketch(9))
-    with mixer.collecting(1.0) as sketch:
+    mixer = GradientMixer([weight], single_group([weight], 9))
+    with mixer.collecting([1.0]) as sketch:
         (weight @ weight).sum().backward()
     (expected,) = torch.autograd.grad((weight @ weight).sum(), weight)
     mixer.release()
     assert torch.allclose(weight.grad, expected) and torch.allclose(sketch, expected.flatten())  # type: ignore[arg-type]
+
+
+def test_layer_groups_are_a_partition_with_weights_of_their_own() -> None:
+    """Each group's mixture has its own weights, and each group's part of the sketch is its own gradient's sketch."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"embed": nn.Linear(2, 3), "layers": nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])})
+    model["head"] = nn.Linear(3, 1)
+    model.double()
+    parameters = dict(model.named_parameters())
+    groups = layer_groups(parameters, 65_536)
+    assert [group.name for group in groups] == ["embedding", "layer_0", "layer_1", "head"]
+    assert sorted(i for group in groups for i in group.members) == list(range(len(parameters)))
+
+    def loss() -> torch.Tensor:
+        hidden = model["embed"](torch.ones(2, dtype=torch.float64))
+        return model["head"](model["layers"][1](model["layers"][0](hidden).tanh()).tanh()).sum()  # type: ignore[index]
+
+    plain = torch.autograd.grad(loss(), list(parameters.values()))
+    mixer = GradientMixer(list(parameters.values()), groups)
+    weights = [0.0, 0.25, 0.5, 1.0]
+    with mixer.collecting(weights) as sketch:
+        loss().backward()
+    mixer.release()
+    start = 0
+    for group, weight in zip(groups, weights, strict=True):
+        own = torch.cat([plain[i].flatten() for i in group.members])
+        assert torch.allclose(sketch[start : start + len(own)], own, rtol=1e-12)  # type: ignore[index]
+        start += len(own)
+        for index in group.members:
+            gradient = list(parameters.values())[index].grad
+            assert (gradient is None) if weight == 0 else torch.allclose(gradient, weight * plain[index])  # type: ignore[arg-type]

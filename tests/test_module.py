@@ -151,7 +151,8 @@ def test_statistics_equal_a_naive_computation_from_stored_gradients(train: Train
         assert last[key] == pytest.approx(value, rel=1e-8), key
     assert relative(seen.mixed[-1], mixed) < 1e-9
     assert last["mixing/mse_ratio"] >= 1
-    assert module.estimate is not None and module.estimate.standard_error is not None
+    assert module.monitor is not None and module.monitor.estimate is not None
+    assert module.monitor.estimate.standard_error is not None
 
 
 def test_a_weight_uses_only_the_past(train: Train) -> None:
@@ -173,18 +174,14 @@ def test_a_weight_uses_only_the_past(train: Train) -> None:
 
 def test_the_weight_of_a_step_is_the_estimate_logged_before_it(train: Train) -> None:
     class Recorder(MixingPolicy):
-        def __init__(self) -> None:
-            self.window, self.anchor = 4, "trace"
-            self.given: list[AlphaEstimate | None] = []
-
         def weight(self, step: int, estimate: AlphaEstimate | None) -> float:
-            self.given.append(estimate)
+            given.append(estimate)
             return 0.5
 
-    recorder = Recorder()
-    _, seen = train(make_rows(40), 2, 2, mixing=recorder)
-    assert recorder.given[0] is None
-    estimates = [estimate.value for estimate in recorder.given[1:] if estimate is not None]
+    given: list[AlphaEstimate | None] = []
+    _, seen = train(make_rows(40), 2, 2, mixing=Recorder())
+    assert given[0] is None
+    estimates = [estimate.value for estimate in given[1:] if estimate is not None]
     assert estimates == [m["mixing/alpha_estimate"] for m in seen.metrics[:-1]]
 
 
@@ -205,7 +202,7 @@ def test_the_reference_never_changes_and_is_no_part_of_the_module(train: Train, 
         assert torch.equal(parameter, fresh.policy.get_parameter(name))
         assert parameter.grad is None and not parameter.requires_grad
     assert not module.reference.model.training
-    assert {name.split(".")[0] for name in module.state_dict()} == {"policy", "window"}
+    assert {name.split(".")[0] for name in module.state_dict()} == {"policy", "monitor"}
 
 
 def test_a_step_lowers_the_loss_of_its_own_batch(train: Train) -> None:
@@ -250,7 +247,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_leaves_the_window_clea
     with pytest.warns(UserWarning, match=r"step 1 skipped \(1 so far\): gradient/trace_norm = nan"):
         module, seen = train(make_rows(32), loss=Breaking(), steps=3)
     assert module.skipped == 1 and len(seen.mixed) == 3
-    assert module.window.moments().vectors.isfinite().all() and int(module.window.seen) == 3
+    assert module.monitor is not None
+    assert module.monitor.window.moments().vectors.isfinite().all() and int(module.monitor.window.seen) == 3
     assert all(p.isfinite().all() for p in module.policy.parameters())
 
 

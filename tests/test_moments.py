@@ -68,11 +68,11 @@ def test_merging_windows_is_one_window() -> None:
 
 def test_the_window_keeps_the_last_units_and_their_gram_matrix() -> None:
     trace, empty = gradients(11)
-    window = GradientWindow(capacity=6, width=7, dtype=torch.float64)
+    window = GradientWindow(capacity=6, widths=[7], dtype=torch.float64)
     for step, cut in enumerate((slice(0, 4), slice(4, 8), slice(8, 11))):
         units = len(trace[cut])
         keys = torch.arange(11)[cut, None]
-        window.update(trace[cut], empty[cut], torch.full((units,), 2), keys, step)
+        window.update(torch.stack([trace, empty])[:, cut], torch.full((units,), 2), keys, step)
     held = window.moments()
     order = held.prompts[:, 0].argsort()  # type: ignore[index]  # the ring starts anywhere
     last = GradientMoments.from_gradients(trace[5:], empty[5:], rows=torch.full((6,), 2))
@@ -83,19 +83,19 @@ def test_the_window_keeps_the_last_units_and_their_gram_matrix() -> None:
 
 def test_the_window_survives_a_checkpoint_and_a_cast() -> None:
     trace, empty = gradients(5)
-    window = GradientWindow(capacity=8, width=7)
-    window.update(trace, empty, torch.ones(5), torch.arange(10).view(5, 2), 3)
-    restored = GradientWindow(capacity=8, width=7)
+    window = GradientWindow(capacity=8, widths=[7])
+    window.update(torch.stack([trace, empty]), torch.ones(5), torch.arange(10).view(5, 2), 3)
+    restored = GradientWindow(capacity=8, widths=[7])
     restored.load_state_dict(copy.deepcopy(window.state_dict()))
     assert torch.equal(restored.moments().gram, window.moments().gram)
     window.to(torch.bfloat16)
-    assert window.gram.dtype == torch.float64 and torch.equal(restored.moments().gram, window.moments().gram)
+    assert window.grams.dtype == torch.float64 and torch.equal(restored.moments().gram, window.moments().gram)
 
 
 def test_an_update_larger_than_the_window_keeps_its_last_units() -> None:
     trace, empty = gradients(9)
-    window = GradientWindow(capacity=4, width=7, dtype=torch.float64)
-    window.update(trace, empty, torch.ones(9), torch.arange(9)[:, None], 0)
+    window = GradientWindow(capacity=4, widths=[7], dtype=torch.float64)
+    window.update(torch.stack([trace, empty]), torch.ones(9), torch.arange(9)[:, None], 0)
     assert window.moments().prompts.flatten().tolist() == [5, 6, 7, 8]  # type: ignore[union-attr]
 
 
@@ -105,4 +105,4 @@ def test_bad_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="no units"):
         GradientMoments.from_gradients(torch.ones(0, 2), torch.ones(0, 2))
     with pytest.raises(ValueError, match="no unit"):
-        GradientWindow(4, 4).moments()
+        GradientWindow(4, [4]).moments()

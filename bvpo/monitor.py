@@ -1,0 +1,182 @@
+"""What a run knows of its gradients: the windows of units, α̂ and the weight of the next step.
+
+Shapes: U units of an optimizer step, D numbers of a gradient's sketch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from bvpo.anchor import AnchorQuality
+from bvpo.gradients import Group
+from bvpo.mixing import AlphaEstimate, ErrorTerms, MixingPolicy, estimate_alpha, mean_squared_error
+from bvpo.moments import EMPTY, TRACE, GradientMoments
+from bvpo.window import GradientWindow
+
+LEAST_EFFECTIVE_SIZE = 2.0  # traces that a completion's marginal must rest on
+LARGEST_HALF_DIFFERENCE = 1.0  # nats between the log-marginals of disjoint halves of the traces
+
+
+@dataclass(frozen=True)
+class Units:
+    """Mean gradients of a step's units: (E, U, D) of trace, empty and perhaps anchor; rows (U,), prompt keys (U, R)."""
+
+    gradients: Tensor
+    rows: Tensor
+    prompts: Tensor
+
+    def merged(self) -> Units:
+        """The whole step as one unit."""
+        return Units(self.batch_mean()[:, None], self.rows.sum(0, keepdim=True), self.prompts.reshape(1, -1))
+
+    def batch_mean(self) -> Tensor:
+        """The optimizer batch's gradients, (E, D)."""
+        return torch.einsum("u,eud->ed", (self.rows / self.rows.sum()).to(self.gradients), self.gradients)
+
+
+class GradientMonitor(nn.Module):
+    """The windows of a run and what follows from them; its state is in every checkpoint.
+
+    Args:
+        mixing: The policy that asks for α̂.
+        groups: The parameter groups of a sketch.
+        units_a_step: Units that an optimizer step brings.
+        dtype: Of the sketches kept.
+    """
+
+    def __init__(
+        self, mixing: MixingPolicy, groups: Sequence[Group], units_a_step: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.mixing, self.names = mixing, [group.name for group in groups]
+        self.batch_rows = 1
+        capacity, widths = mixing.window * units_a_step, [group.sketch.width for group in groups]
+        self.window = GradientWindow(capacity, widths, dtype=dtype)
+        self.anchored = (
+            GradientWindow(capacity, widths, estimators=3, dtype=dtype) if mixing.anchor == "marginal" else None
+        )
+        self.estimate: AlphaEstimate | None = None
+        self.group_estimates: list[AlphaEstimate | None] = [None] * len(groups)
+        self.refused = 0
+
+    @property
+    def source(self) -> GradientWindow:
+        """The window that α̂ comes from."""
+        return self.window if self.anchored is None else self.anchored
+
+    def weights(self, step: int) -> list[float]:
+        """α of each group at optimizer step `step`, from the steps before it."""
+        return [self.mixing.weight(step, estimate) for estimate in self.group_estimates]
+
+    def measures_anchor(self, step: int) -> bool:
+        return self.anchored is not None and step % self.mixing.anchor_every == 0
+
+    def update(self, units: Units, step: int, quality: AnchorQuality | None = None) -> dict[str, float]:
+        """Take in the units of an optimizer step and estimate α anew; the anchor's log values."""
+        self.window.update(units.gradients[:2], units.rows, units.prompts, step)
+        if quality is None or self.anchored is None:
+            self.estimate_alpha()
+            return {}
+        size, difference = float(quality.effective_size), float(quality.half_difference)
+        finite = bool(units.gradients.isfinite().all())
+        reason = refusal(size, difference) if finite else "its gradient is not finite"
+        if reason:
+            self.refused += 1
+            rank_zero_warn(f"step {step}: the marginal anchor is refused ({self.refused} so far): {reason}")
+            self._forget(reason)
+        else:
+            self.anchored.update(units.gradients, units.rows, units.prompts, step)
+            self.estimate_alpha()
+        metrics = {"anchor/effective_size": size, "anchor/half_difference": difference}
+        return {**metrics, "anchor/refused": float(self.refused)}
+
+    def _forget(self, reason: str) -> None:
+        self.estimate = AlphaEstimate.refused(reason)
+        self.group_estimates = [self.estimate] * len(self.names)
+
+    def resume(self, batch_rows: int) -> None:
+        """Set B, the rows of the optimizer batch that α̂ is for, and go on from the windows as they were restored."""
+        self.batch_rows = batch_rows
+        self.estimate_alpha()
+
+    def estimate_alpha(self) -> None:
+        """α̂ of all parameters, and of each group, from the window as it is."""
+        if not int(self.source.seen):
+            return
+        self.estimate = estimate_alpha(self.source.moments(), self.batch_rows, self.mixing.anchor)
+        self.group_estimates = [
+            estimate_alpha(self.source.moments(group), self.batch_rows, self.mixing.anchor)
+            if len(self.names) > 1
+            else self.estimate
+            for group in range(len(self.names))
+        ]
+
+    def metrics(self, weights: Sequence[float]) -> dict[str, float]:
+        """What the windows say of a step with these α; a key whose value cannot be estimated is absent."""
+        metrics = window_metrics(self.window.moments())
+        if self.estimate is not None and self.estimate.standard_error is not None:
+            metrics["mixing/alpha_standard_error"] = self.estimate.standard_error
+        if int(self.source.seen):
+            metrics |= self._error_metrics(weights)
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+    def _error_metrics(self, weights: Sequence[float]) -> dict[str, float]:
+        anchor, rows = self.mixing.anchor, self.batch_rows
+        groups = range(len(self.names)) if len(self.names) > 1 else [None]
+        parts = [ErrorTerms.from_statistics(self.source.moments(g).statistics(), anchor).values() for g in groups]
+        whole = [sum(terms) for terms in zip(*parts, strict=True)]
+
+        def error(alphas: Sequence[float]) -> float:
+            return sum(float(mean_squared_error(a, *part, rows)) for a, part in zip(alphas, parts, strict=True))
+
+        noise = zip(weights, parts, strict=True)
+        metrics = {
+            "bias/empty_sq": float(whole[1]),
+            "variance/mixed": sum(float(mean_squared_error(a, 0.0, 0.0, 0.0, *p[3:], rows)) for a, p in noise),
+        }
+        if anchor == "marginal":
+            metrics["bias/trace_sq"] = float(whole[0])
+        if self.estimate is None or self.estimate.value is None:
+            return metrics
+        metrics["mixing/alpha_estimate"] = self.estimate.value
+        best = error([self.estimate.value] * len(parts))
+        if best > 0:
+            metrics["mixing/mse_ratio"] = error(weights) / best
+        own = [
+            estimate.value for estimate in self.group_estimates if estimate is not None and estimate.value is not None
+        ]
+        if len(self.names) > 1 and len(own) == len(parts):
+            metrics |= {f"mixing/alpha_estimate/{name}": a for name, a in zip(self.names, own, strict=True)}
+            if best > 0:
+                metrics["mixing/mse_ratio_per_group"] = error(own) / best
+        return metrics
+
+
+def refusal(effective_size: float, half_difference: float) -> str:
+    """Why an anchor is not to be trusted; empty where it is."""
+    if not effective_size >= LEAST_EFFECTIVE_SIZE:
+        return f"effective sample size {effective_size:.2f} is below {LEAST_EFFECTIVE_SIZE:g}: draw more traces"
+    if not half_difference <= LARGEST_HALF_DIFFERENCE:
+        return f"disjoint halves of the traces differ by {half_difference:.2f} nats, over {LARGEST_HALF_DIFFERENCE:g}"
+    return ""
+
+
+def window_metrics(moments: GradientMoments) -> dict[str, float]:
+    """Variances of one pair's gradients and their noise scales."""
+    statistics = moments.statistics()
+    variance = {
+        "variance/trace": float(statistics.covariance[TRACE, TRACE]),
+        "variance/empty": float(statistics.covariance[EMPTY, EMPTY]),
+        "variance/covariance": float(statistics.covariance[TRACE, EMPTY]),
+    }
+    scale = {
+        "gradient/noise_scale_trace": variance["variance/trace"] / float(statistics.inner[TRACE, TRACE]),
+        "gradient/noise_scale_empty": variance["variance/empty"] / float(statistics.inner[EMPTY, EMPTY]),
+    }
+    return variance | scale
