@@ -82,6 +82,33 @@ def marginal_coefficients(
     return coefficients, anchor_quality(policy, proposal, completion, completions)
 
 
+def draw_two(weights: Tensor, completion: Tensor, completions: int, seed: int) -> tuple[list[int], list[int]]:
+    """Two different sequences of each completion, with probability ∝ w_i w_j; −1 where it has one sequence only.
+
+    E‖g_i − g_j‖²/2 over such draws is the variance of g over traces given the answers: exactly unbiased for posterior
+    draws (equal weights), and for weighted ones the plug-in variance over 1 − Σ w².
+
+    Args:
+        weights: (A,) log of the traces' posterior weights, up to a constant a completion.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pairs: list[tuple[int, int]] = []
+    for number in range(completions):
+        own = (completion == number).nonzero()[:, 0].cpu()
+        if len(own) < 2:
+            pairs.append((-1, -1))
+            continue
+        w = weights[own.to(weights.device)].cpu().softmax(0)
+        joint = torch.outer(w, w).fill_diagonal_(0.0).flatten()
+        if not float(joint.sum()) > 0:  # one trace has all the weight
+            pairs.append((-1, -1))
+            continue
+        i, j = divmod(int(joint.multinomial(1, generator=generator)), len(own))
+        pairs.append((int(own[i]), int(own[j])))
+    first, second = zip(*pairs, strict=True)
+    return list(first), list(second)
+
+
 def _rank_in_group(group: Tensor) -> Tensor:
     """(A,) 0, 1, 2, … within each group, in the order of appearance."""
     order = group.argsort(stable=True)

@@ -28,14 +28,14 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from bvpo.anchor import marginal_coefficients
+from bvpo.anchor import draw_two, marginal_coefficients
 from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.gradients import GradientMixer, Group, layer_groups, single_group
 from bvpo.losses import DPO, PreferenceLoss
 from bvpo.mixing import Fixed, MixingPolicy
 from bvpo.monitor import GradientMonitor
-from bvpo.pairs import BRANCHES, Branch, PairBatch, SequenceBatch
+from bvpo.pairs import BRANCHES, AnchorBatch, Branch, PairBatch, SequenceBatch
 from bvpo.policy import LiveReference, Reference, completion_logps, load_policy, resolve_model, sequence_logps
 from bvpo.records import StepRecord, branch_metrics, gradient_metrics
 
@@ -231,6 +231,30 @@ class BVPO(L.LightningModule):
                 self.manual_backward((logps * coefficients[index].to(logps)).sum() / batch.trace.step_pairs)
         step.add_sketch("anchor", sketch, batch.trace.pairs, batch.trace.step_pairs)
         step.qualities.append(quality)
+        self._measure_conditional_variance(step, anchors, reference - proposal, width)
+
+    def _measure_conditional_variance(
+        self, step: StepRecord, anchors: AnchorBatch, weights: Tensor, width: int
+    ) -> None:
+        """The part of trΣ_t that sampling the traces causes: n/2 ‖g − g'‖² of two posterior draws of n rows' traces.
+
+        Rows whose chosen or rejected answer has a single trace are left out; without any row nothing is recorded.
+        """
+        assert self.reference is not None
+        draws = draw_two(weights, anchors.completion, width, seed=self.global_step)
+        rows = [row for row in range(width // 2) if min(draws[0][row], draws[0][width // 2 + row]) >= 0]
+        if not rows:
+            return
+        sketches = []
+        for drawn in draws:
+            chosen, rejected = [drawn[row] for row in rows], [drawn[width // 2 + row] for row in rows]
+            sequences = anchors.sequences.part(chosen + rejected)
+            with self.gradients.collecting([0.0] * len(step.weights)) as sketch:
+                losses = self.loss(sequence_logps(self.policy, sequences), self.reference.logps(sequences))
+                self.manual_backward(losses.mean())
+            assert sketch is not None
+            sketches.append(sketch)
+        step.add_conditional_variance(len(rows) / 2 * (sketches[0] - sketches[1]).double().square().sum(), len(rows))
 
     def _optimize(self, step: StepRecord) -> None:
         """Clip, step, schedule; then the window of units, α̂ and the log."""

@@ -63,10 +63,10 @@ class SequenceBatch(NamedTuple):
     def pairs(self) -> int:
         return len(self.lengths) // 2
 
-    def part(self, index: slice) -> SequenceBatch:
+    def part(self, index: slice | list[int]) -> SequenceBatch:
         """Some of the sequences, without the padding that they do not need."""
         lengths = self.lengths[index]
-        ids = self.input_ids[index, : int(lengths.max())]
+        ids = self.input_ids[index][:, : int(lengths.max())]
         return SequenceBatch(ids, self.prompt_lengths[index], lengths, self.step_pairs)
 
 

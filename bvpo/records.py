@@ -47,6 +47,7 @@ class StepRecord:
     sketches: dict[str, list[Tensor]] = field(default_factory=lambda: {"trace": [], "empty": [], "anchor": []})
     prompts: list[Tensor] = field(default_factory=list)
     qualities: list[AnchorQuality] = field(default_factory=list)
+    conditional: list[tuple[Tensor, int]] = field(default_factory=list)
     tokens: Tensor | int = 0
     started: float = field(default_factory=time.perf_counter)
 
@@ -60,6 +61,10 @@ class StepRecord:
         """The sketch of a microbatch's share of the step's gradient, kept as that of its own mean gradient."""
         if sketch is not None:
             self.sketches[estimator].append(sketch * (step_pairs / pairs))
+
+    def add_conditional_variance(self, variance: Tensor, rows: int) -> None:
+        """Of one pair's trace gradient over its traces, given the answers; estimated from `rows` rows."""
+        self.conditional.append((variance, rows))
 
     @property
     def alpha(self) -> float:
@@ -92,6 +97,10 @@ class StepRecord:
         means = dict(self.sums)
         if "loss/trace" in means and "loss/empty" in means:
             means["loss/mixed"] = self.alpha * means["loss/trace"] + (1 - self.alpha) * means["loss/empty"]
+        if self.conditional:
+            rows = sum(count for _, count in self.conditional)
+            means["variance/trace_conditional"] = sum(v * count for v, count in self.conditional) / torch.tensor(rows)
+            means["anchor/conditional_rows"] = torch.tensor(float(rows))
         means["tokens_per_second"] = torch.as_tensor(self.tokens / (time.perf_counter() - self.started))
         return means
 
