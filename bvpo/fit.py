@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -41,6 +42,7 @@ class FitCLI(LightningCLI):
             default=None,
             help="Go on from this checkpoint; `last`: from the newest run's, in its folder.",
         )
+        parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; null: torch's own choice.")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")  # type: ignore[arg-type]
         parser.set_defaults(CHECKPOINT_DEFAULTS)
         parser.link_arguments("model.policy", "data.tokenizer")
@@ -53,6 +55,10 @@ class FitCLI(LightningCLI):
             trainer.max_epochs = 1
         if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"] = [StepProgress()]
+        if self.config.threads is not None:
+            if self.config.threads < 1:
+                raise UserError(f"threads must be ≥ 1, got {self.config.threads}")
+            torch.set_num_threads(self.config.threads)
         if self.config.model.beta is not None:  # the saved config then names one beta
             self.config.model.loss.init_args.beta = self.config.model.beta
         self.root = Path(trainer.default_root_dir)

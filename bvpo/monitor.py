@@ -120,8 +120,10 @@ class GradientMonitor(nn.Module):
     def metrics(self, weights: Sequence[float]) -> dict[str, float]:
         """What the windows say of a step with these α; a key whose value cannot be estimated is absent."""
         metrics = window_metrics(self.window.moments())
-        if self.estimate is not None and self.estimate.standard_error is not None:
-            metrics["mixing/alpha_standard_error"] = self.estimate.standard_error
+        if self.estimate is not None:
+            metrics["mixing/reused_fraction"] = self.estimate.reused_fraction
+            if self.estimate.standard_error is not None:
+                metrics["mixing/alpha_standard_error"] = self.estimate.standard_error
         if int(self.source.seen):
             metrics |= self._error_metrics(weights)
         return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -59,9 +60,14 @@ def load_policy(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     try:
         config = AutoConfig.from_pretrained(resolve_model(name))
         _turn_dropout_off(config)
-        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), config=config, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model, loading = cast(Any, AutoModelForCausalLM).from_pretrained(
+            resolve_model(name), config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
         raise _cannot_load(name, "model", error) from error
+    unfilled = sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])])
+    if unfilled:  # transformers has filled them with random numbers
+        raise UserError(f"{name}: {len(unfilled)} tensors are missing or of another shape, the first is {unfilled[0]}")
     model.train()
     return cast(PreTrainedModel, model)
 
