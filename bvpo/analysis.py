@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,8 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
 from bvpo.errors import UserError
+from bvpo.mixing import AlphaEstimate
+from bvpo.oracle import ExactMoments
 
 
 def read_run(folder: str | Path) -> pd.DataFrame:
@@ -62,9 +65,35 @@ def plot_rewards(run: pd.DataFrame) -> Figure:
     return _finish(axes)
 
 
-def _axes(title: str, ylabel: str) -> Axes:
+def plot_error(moments: ExactMoments, estimate: AlphaEstimate, batch_size: int) -> Figure:
+    """The exact MSE_B(α) of an enumerable model, its minimum, and α̂ with its interval."""
+    axes = _axes(f"Squared error of the mixed gradient, B = {batch_size}", "E‖g_c − μ‖²", "α")
+    alphas = [k / 200 for k in range(201)]
+    axes.plot(alphas, [moments.mean_squared_error(a, batch_size) for a in alphas], color="black", label="exact")
+    best = moments.optimal_alpha(batch_size)
+    axes.plot([best], [moments.mean_squared_error(best, batch_size)], "o", color="black", label=f"α* = {best:.3f}")
+    interval = estimate.interval()
+    if estimate.value is not None and interval is not None:
+        axes.axvline(estimate.value, color="C1", label=f"α̂ = {estimate.value:.3f}, 95% interval")
+        axes.axvspan(*interval, color="C1", alpha=0.2)
+    axes.set_yscale("log")
+    return _finish(axes)
+
+
+def plot_optimum(curves: Mapping[str, Mapping[float, float]], xlabel: str, logarithmic: bool = False) -> Figure:
+    """α* against the batch size or the distance from the reference: a curve a label, x → α."""
+    axes = _axes("Weight of least error", "α*", xlabel)
+    for label, curve in curves.items():
+        axes.plot(list(curve), list(curve.values()), "o-", label=label)
+    axes.set_ylim(0, 1)
+    if logarithmic:
+        axes.set_xscale("log", base=2)
+    return _finish(axes)
+
+
+def _axes(title: str, ylabel: str, xlabel: str = "optimizer steps") -> Axes:
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
-    axes.set(title=title, xlabel="optimizer steps", ylabel=ylabel)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     return axes
 
