@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-CHUNK = 1 << 22  # elements sketched at a time: bounds the scratch memory, 20 bytes an element
+CHUNK = 1 << 22  # elements sketched at a time: bounds the scratch memory, 20 bytes an element; fewer are tabled
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Sketch:
 
     Element i is added to entry i mod D with a random sign s(i), so E⟨Sa, Sb⟩ = ⟨a, b⟩ over the signs, and the standard
     deviation is at most about ‖a‖‖b‖ √(2/D): 0.4% of the norms at the default D. The sign is a hash of (seed, i) alone:
-    it is the same for every sharding and every order, and none is stored. Where P ≤ D the map is the identity.
+    it is the same for every sharding and every order. Where P ≤ D the map is the identity.
     """
 
     parameters: int
@@ -39,16 +39,25 @@ class Sketch:
         """Numbers of one sketch: min(P, D)."""
         return min(self.parameters, self.size)
 
-    def add_(self, sketch: Tensor, values: Tensor, offset: int) -> None:
-        """Add elements `offset … offset + len(values)` of the flat gradient to `sketch`, (D,), in place."""
+    def sign_table(self, device: torch.device) -> Tensor | None:
+        """All signs of a small model, (P,) fp32; None where they are better hashed anew than kept."""
+        if self.exact or self.parameters > CHUNK:
+            return None
+        return signs(0, self.parameters, self.seed, device).float()
+
+    def add_(self, sketch: Tensor, values: Tensor, offset: int, table: Tensor | None = None) -> None:
+        """Add elements `offset … offset + len(values)` of the flat gradient to `sketch`, (D,), in place.
+
+        `table` is the `sign_table`, where one is kept.
+        """
         if self.exact:
             sketch[offset : offset + len(values)] += values
             return
         for start in range(0, len(values), CHUNK):
             chunk = values[start : start + CHUNK].to(sketch.dtype)
-            first = offset + start
-            chunk = chunk * signs(first, len(chunk), self.seed, chunk.device)
-            self._fold_(sketch, chunk, first % self.size)
+            first, last = offset + start, offset + start + len(chunk)
+            sign = signs(first, len(chunk), self.seed, chunk.device) if table is None else table[first:last]
+            self._fold_(sketch, chunk * sign, first % self.size)
 
     def _fold_(self, sketch: Tensor, chunk: Tensor, column: int) -> None:
         head = min(self.size - column, len(chunk))
@@ -122,6 +131,8 @@ class GradientMixer:
         self._weights = [1.0] * len(self.groups)
         self._target: Tensor | None = None
         self._places = self._layout()
+        device = self.parameters[0].device
+        self._tables = [group.sketch.sign_table(device) if sketching else None for group in groups]
         self._handles: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in enumerate(self.parameters)
         ]
@@ -139,7 +150,7 @@ class GradientMixer:
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
         number, start, offset = self._places[index]
-        sketch = self.groups[number].sketch
+        sketch, table = self.groups[number].sketch, self._tables[number]
 
         @torch.no_grad()
         def collect(parameter: Tensor) -> None:
@@ -147,7 +158,7 @@ class GradientMixer:
             assert gradient is not None
             parameter.grad = None
             if self._target is not None:
-                sketch.add_(self._target[start : start + sketch.width], gradient.flatten(), offset)
+                sketch.add_(self._target[start : start + sketch.width], gradient.flatten(), offset, table)
             mixed, weight = self._mixed[index], self._weights[number]
             if mixed is not None:
                 mixed.add_(gradient, alpha=weight)

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 
 TRACE, EMPTY, ANCHOR = 0, 1, 2
+RUN = (
+    4096  # an fp32 sum of so many products is right to about 1e-6, and a float64 copy of the window costs more than it
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class GradientMoments:
         vectors = torch.stack(kinds)
         return cls(
             vectors,
-            inner_products(vectors, vectors),
+            inner_products(vectors, vectors).cpu(),
             torch.ones(units, dtype=torch.float64) if rows is None else torch.as_tensor(rows, dtype=torch.float64),
             prompts,
             torch.arange(units) if steps is None else steps,
@@ -81,7 +84,7 @@ class GradientMoments:
         """The moments of both windows' units together: ranks, stretches of a run, notebooks."""
         if len(self.vectors) != len(other.vectors):
             raise ValueError("one of the windows has anchor gradients and the other has none: they cannot be merged")
-        cross = inner_products(self.vectors, other.vectors)
+        cross = inner_products(self.vectors, other.vectors).cpu()
         upper = torch.cat([self.gram, cross], -1)
         lower = torch.cat([cross.permute(1, 0, 3, 2), other.gram], -1)
         return replace(
@@ -152,8 +155,12 @@ class GradientStatistics:
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """(E, M, D), (E, N, D) → (E, E, M, N) in float64."""
-    return torch.stack([torch.stack([x.double() @ y.double().T for y in b]) for x in a]).cpu()
+    """(E, M, D), (E, N, D) → (E, E, M, N) in float64; up to `RUN` products are summed in the vectors' own precision."""
+    rows, columns = a.flatten(0, 1), b.flatten(0, 1)
+    total = torch.zeros(len(rows), len(columns), dtype=torch.float64, device=a.device)
+    for x, y in zip(rows.split(RUN, -1), columns.split(RUN, -1), strict=True):
+        total += x @ y.T
+    return total.view(*a.shape[:2], *b.shape[:2]).permute(0, 2, 1, 3)
 
 
 def _join_prompts(a: GradientMoments, b: GradientMoments) -> Tensor | None:

@@ -64,6 +64,9 @@ class GradientMonitor(nn.Module):
         self.estimate: AlphaEstimate | None = None
         self.group_estimates: list[AlphaEstimate | None] = [None] * len(groups)
         self.refused = 0
+        self._moments: list[
+            GradientMoments
+        ] = []  # that α̂ comes from: of all parameters, then of each of several groups
 
     @property
     def source(self) -> GradientWindow:
@@ -109,29 +112,26 @@ class GradientMonitor(nn.Module):
         """α̂ of all parameters, and of each group, from the window as it is."""
         if not int(self.source.seen):
             return
-        self.estimate = estimate_alpha(self.source.moments(), self.batch_rows, self.mixing.anchor)
-        self.group_estimates = [
-            estimate_alpha(self.source.moments(group), self.batch_rows, self.mixing.anchor)
-            if len(self.names) > 1
-            else self.estimate
-            for group in range(len(self.names))
-        ]
+        groups = range(len(self.names)) if len(self.names) > 1 else []
+        self._moments = [self.source.moments(), *(self.source.moments(group) for group in groups)]
+        estimates = [estimate_alpha(moments, self.batch_rows, self.mixing.anchor) for moments in self._moments]
+        self.estimate, self.group_estimates = estimates[0], list(estimates[1:] or estimates)
 
     def metrics(self, weights: Sequence[float]) -> dict[str, float]:
         """What the windows say of a step with these α; a key whose value cannot be estimated is absent."""
-        metrics = window_metrics(self.window.moments())
+        metrics = window_metrics(self._moments[0] if self.anchored is None else self.window.moments())
         if self.estimate is not None:
             metrics["mixing/reused_fraction"] = self.estimate.reused_fraction
             if self.estimate.standard_error is not None:
                 metrics["mixing/alpha_standard_error"] = self.estimate.standard_error
-        if int(self.source.seen):
+        if self._moments:
             metrics |= self._error_metrics(weights)
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def _error_metrics(self, weights: Sequence[float]) -> dict[str, float]:
         anchor, rows = self.mixing.anchor, self.batch_rows
-        groups = range(len(self.names)) if len(self.names) > 1 else [None]
-        parts = [ErrorTerms.from_statistics(self.source.moments(g).statistics(), anchor).values() for g in groups]
+        blocks = self._moments[1:] or self._moments
+        parts = [ErrorTerms.from_statistics(moments.statistics(), anchor).values() for moments in blocks]
         whole = [sum(terms) for terms in zip(*parts, strict=True)]
 
         def error(alphas: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
 
-from bvpo.moments import GradientMoments, pad_columns
+from bvpo.moments import GradientMoments, inner_products, pad_columns
 
 
 class GradientWindow(Metric):
@@ -70,7 +70,7 @@ class GradientWindow(Metric):
         slots = (int(self.seen) + torch.arange(units, device=new.device)) % self.capacity
         self.vectors[:, slots] = new
         for gram, cut in zip(self.grams, self.cuts, strict=True):
-            products = torch.einsum("aud,bcd->abuc", new[..., cut].double(), self.vectors[..., cut].double())
+            products = inner_products(new[..., cut], self.vectors[..., cut]).to(gram)
             gram[:, :, slots, :] = products
             gram[:, :, :, slots] = products.permute(1, 0, 3, 2)
         self.rows[slots] = rows[-units:].to(self.rows)

@@ -1,6 +1,6 @@
 """Cost of the gradient statistics: optimizer steps with and without them, in turn, in one fit of the tiny reasoner.
 
-    python benchmarks/statistics.py [--steps 120] [--threads 1]
+    python benchmarks/monitor_cost.py [--steps 120] [--threads 1]
 
 Prints the median step of each kind, their ratio, and the ratio's range over the quartiles of paired steps. Both kinds
 run the same two backward passes a microbatch; "with" adds the sketches, the Gram matrix, α̂ and its jackknife.
