@@ -85,7 +85,8 @@ def truth() -> None:
 
 
 def coverage(estimates: Iterable[AlphaEstimate], optimum: float) -> str:
-    intervals = [estimate.interval() for estimate in estimates]
+    """Also of the intervals that an estimate refuses because its units share prompts: this is why it does."""
+    intervals = [replace(estimate, reused_fraction=0.0).interval() for estimate in estimates]
     covered = sum(i is not None and i[0] <= optimum <= i[1] for i in intervals)
     return f"{covered / len(intervals):.1%}"
 
