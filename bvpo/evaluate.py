@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -83,7 +84,8 @@ def answer_questions(
 class TaskAccuracy(L.Callback):
     """Measures the policy on held-out questions of the built-in tasks before and after a fit.
 
-    The questions, and the seed of each response, are the same both times: the difference is a paired one.
+    The questions, and the seed of each response, are the same both times: the difference is a paired one. A policy whose
+    tokenizer has no chat template or no EOS cannot be asked: that is said once, and the fit goes on.
 
     Args:
         questions: How many, at least 2.
@@ -97,7 +99,7 @@ class TaskAccuracy(L.Callback):
         self,
         questions: int = 1000,
         temperature: float = 0.8,
-        max_new_tokens: int = 256,
+        max_new_tokens: int = 160,
         batch_size: int = 256,
         seed: int = 0,
     ) -> None:
@@ -118,6 +120,11 @@ class TaskAccuracy(L.Callback):
 
     def _measure(self, trainer: L.Trainer, module: Any, when: str) -> dict[Mode, Accuracy]:
         tokenizer = load_tokenizer(module.policy_name)
+        if not tokenizer.chat_template or tokenizer.eos_token_id is None:
+            if when == "before":
+                lacks = "chat template" if not tokenizer.chat_template else "EOS token"
+                rank_zero_warn(f"{module.policy_name}: accuracy is not measured: the tokenizer has no {lacks}")
+            return {}
         results = {
             mode: answer_questions(
                 module.policy,

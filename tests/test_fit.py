@@ -43,6 +43,16 @@ def test_a_model_of_another_architecture_trains_and_logs_every_key(fit_llama: Fi
     assert [event.step for event in events.Scalars("loss/trace")] == [0, 1, 2, 3, 4]
 
 
+def test_the_default_config_trains_another_model(
+    llama_folder: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names and a length change; the held-out questions cannot be asked without a chat template, which is said."""
+    options = [f"--model.policy={llama_folder}", f"--data.train={pairs_file}", "--trainer.max_steps=2"]
+    with pytest.warns(UserWarning, match="accuracy is not measured: the tokenizer has no chat template"):
+        code = fit.main(["--config=experiments/alpaca.yaml", *options, f"--trainer.default_root_dir={tmp_path}"])
+    assert code == 0 and "Gradients, optimizer batch of 16 rows" in capsys.readouterr().out
+
+
 def test_the_run_folder_holds_the_resolved_config_and_is_never_overwritten(fit_llama: Fit) -> None:
     first = fit_llama("--trainer.max_steps=1")
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
