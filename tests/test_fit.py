@@ -18,6 +18,7 @@ from bvpo import fit
 from tests.conftest import make_rows, write_rows
 
 Fit = Callable[..., Path]
+ALPACA = Path(__file__).parent.parent / "experiments" / "alpaca.yaml"
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -49,7 +50,7 @@ def test_the_default_config_trains_another_model(
     """Names and a length change; the held-out questions cannot be asked without a chat template, which is said."""
     options = [f"--model.policy={llama_folder}", f"--data.train={pairs_file}", "--trainer.max_steps=2"]
     with pytest.warns(UserWarning, match="accuracy is not measured: the tokenizer has no chat template"):
-        code = fit.main(["--config=experiments/alpaca.yaml", *options, f"--trainer.default_root_dir={tmp_path}"])
+        code = fit.main([f"--config={ALPACA}", *options, f"--trainer.default_root_dir={tmp_path}"])
     assert code == 0 and "Gradients, optimizer batch of 16 rows" in capsys.readouterr().out
 
 

@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bvpo
@@ -38,7 +38,8 @@ def model() -> Any:
 
 @cache
 def rows() -> list[dict[str, Any]]:
-    return list(Dataset.from_parquet(str(PAIRS)))
+    found: list[dict[str, Any]] = pq.read_table(PAIRS).to_pylist()
+    return found
 
 
 def encode(text: str) -> list[int]:
@@ -46,7 +47,7 @@ def encode(text: str) -> list[int]:
     return ids
 
 
-# --- Tasks -------------------------------------------------------------------------------------------------------------
+# --- Tasks ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -111,13 +112,12 @@ def test_questions_are_deterministic_distinct_and_split() -> None:
 
 
 def test_split_ignores_phrasing_and_order() -> None:
-    assert len({split_of(f"{phrasing} {n} + 7") for n in range(100) for phrasing in ("Add",)}) == 2
-    for n in range(10, 100):
-        same = (f"Work out {n} + 7 + 5.", f"Find the sum 5 + {n} + 7.", f"Put 7 5 {n} in rising order.")
+    for number in range(10, 100):
+        same = (f"Work out {number} + 7 + 5.", f"Find the sum 5 + {number} + 7.", f"Put 7 5 {number} in rising order.")
         assert len({split_of(instruction) for instruction in same}) == 1
 
 
-# --- Model and tokenizer -----------------------------------------------------------------------------------------------
+# --- Model and tokenizer ----------------------------------------------------------------------------------------------
 
 
 def test_sizes() -> None:
@@ -160,7 +160,7 @@ def test_accuracy_on_held_out_questions() -> None:
     assert accuracy["thinking"] > accuracy["no_thinking"] + 0.05
 
 
-# --- Pairs -------------------------------------------------------------------------------------------------------------
+# --- Pairs ------------------------------------------------------------------------------------------------------------
 
 
 def test_rows_are_many_and_distinct() -> None:
@@ -195,7 +195,7 @@ def test_texts_and_ids_round_trip(mode: Mode) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_chosen_is_right_and_rejected_is_wrong(mode: Mode) -> None:
-    instructions = {q.instruction: q for q in draw_questions(4000, 1, "train")}
+    instructions = {q.instruction: q for q in draw_questions(4000, 1, "train")}  # a prefix of them was asked
     _, chosen, rejected = COMPLETIONS[mode]
     for row in rows():
         question = instructions[row["conversation"][0]["content"]]
