@@ -84,8 +84,8 @@ def answer_questions(
 class TaskAccuracy(L.Callback):
     """Measures the policy on held-out questions of the built-in tasks before and after a fit.
 
-    The questions, and the seed of each response, are the same both times: the difference is a paired one. A policy whose
-    tokenizer has no chat template or no EOS cannot be asked: that is said once, and the fit goes on.
+    The questions, and the seed of each response, are the same both times: the difference is a paired one. A policy
+    whose tokenizer has no chat template or no EOS cannot be asked: that is said once, and the fit goes on.
 
     Args:
         questions: How many, at least 2.

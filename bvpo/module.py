@@ -192,11 +192,9 @@ class BVPO(L.LightningModule):
 
     def _weights(self) -> list[float]:
         """α of each parameter group, from past steps only."""
-        return (
-            [self.mixing.weight(self.global_step, None)]
-            if self.monitor is None
-            else self.monitor.weights(self.global_step)
-        )
+        if self.monitor is not None:
+            return self.monitor.weights(self.global_step)
+        return [self.mixing.weight(self.global_step, None)] * len(self.gradients.groups)
 
     def _backward(self, step: StepRecord, branch: Branch, sequences: SequenceBatch, weights: list[float]) -> None:
         """One estimator's pass over one microbatch: its gradient goes, weighted, into the mixture."""

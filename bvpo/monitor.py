@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -63,7 +64,7 @@ class GradientMonitor(nn.Module):
         )
         self.estimate: AlphaEstimate | None = None
         self.group_estimates: list[AlphaEstimate | None] = [None] * len(groups)
-        self.refused = 0
+        self.refused, self._refusal = 0, ""
         self._moments: list[
             GradientMoments
         ] = []  # that α̂ comes from: of all parameters, then of each of several groups
@@ -84,29 +85,39 @@ class GradientMonitor(nn.Module):
         """Take in the units of an optimizer step and estimate α anew; the anchor's log values."""
         self.window.update(units.gradients[:2], units.rows, units.prompts, step)
         if quality is None or self.anchored is None:
-            self.estimate_alpha()
+            if not self._refusal:  # until the next good anchor
+                self.estimate_alpha()
             return {}
         size, difference = float(quality.effective_size), float(quality.half_difference)
         finite = bool(units.gradients.isfinite().all())
         reason = refusal(size, difference) if finite else "its gradient is not finite"
+        self._refusal = reason
         if reason:
             self.refused += 1
             rank_zero_warn(f"step {step}: the marginal anchor is refused ({self.refused} so far): {reason}")
-            self._forget(reason)
+            self._forget()
         else:
             self.anchored.update(units.gradients, units.rows, units.prompts, step)
             self.estimate_alpha()
         metrics = {"anchor/effective_size": size, "anchor/half_difference": difference}
         return {**metrics, "anchor/refused": float(self.refused)}
 
-    def _forget(self, reason: str) -> None:
-        self.estimate = AlphaEstimate.refused(reason)
+    def _forget(self) -> None:
+        self.estimate = AlphaEstimate.refused(self._refusal)
         self.group_estimates = [self.estimate] * len(self.names)
 
     def resume(self, batch_rows: int) -> None:
         """Set B, the rows of the optimizer batch that α̂ is for, and go on from the windows as they were restored."""
         self.batch_rows = batch_rows
         self.estimate_alpha()
+        if self._refusal:
+            self._forget()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"refused": self.refused, "refusal": self._refusal}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.refused, self._refusal = state["refused"], state["refusal"]
 
     def estimate_alpha(self) -> None:
         """α̂ of all parameters, and of each group, from the window as it is."""

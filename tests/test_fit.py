@@ -84,7 +84,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(fit_llama: Fit, tmp_path: Pa
         assert before == after
     states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, resumed)]
     for key, value in states[0]["state_dict"].items():
-        assert torch.equal(value, states[1]["state_dict"][key]), key
+        other = states[1]["state_dict"][key]
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, key
 
 
 def test_the_reference_is_in_no_checkpoint(fit_llama: Fit) -> None:
@@ -98,7 +99,7 @@ def test_validation_rows_are_logged_and_leave_the_weights_alone(fit_llama: Fit, 
     logged = [row for row in read_metrics(run) if "validation/loss/trace" in row]
     assert logged and logged[0]["step"] == 8
     weights = [torch.load(r / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for r in (run, plain)]
-    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items() if key.startswith("policy."))
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
