@@ -108,6 +108,7 @@ def _mixing_table(module: BVPO) -> Table:
         row("α̂", estimate.value, f"weight of least error, {module.mixing.anchor} anchor", estimate.standard_error)
         if estimate.value is None:
             table.add_row("α̂", "—", estimate.reason)
+        row("reused", estimate.reused_fraction or None, "fraction of products left out: prompts met again, no interval")
     row("error ratio", metrics.get("mixing/mse_ratio"), "squared error at α over that at α̂")
     for key, name in (("trace", "trace gradient"), ("empty", "empty-trace gradient")):
         variance = metrics.get(f"variance/{key}")

@@ -145,7 +145,7 @@ def _letters(rng: random.Random) -> list[str]:
 
 
 def _letter_among_few(rng: random.Random) -> list[str]:
-    few = rng.sample(ascii_lowercase[:8], 3)
+    few = rng.sample(ascii_lowercase[:6], 3)
     return [few[0], *rng.choices(few, k=rng.randint(4, 6))]
 
 
@@ -196,7 +196,7 @@ def _count(operands: list[str], slip: Slips) -> Work:
     total, steps = 0, []
     for letter in letters:
         seen = slip(letter == target, [letter != target])
-        steps.append(f"{letter} {target} {(total := total + seen)}")
+        steps.append(f"{letter} {target} {'yes' if seen else 'no'} {(total := total + seen)}")
     return Work(steps, str(total))
 
 
