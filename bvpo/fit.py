@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from bvpo.data import PairData
 from bvpo.errors import UserError
-from bvpo.module import BVPO
+from bvpo.module import BVPO, check_trainer
 from bvpo.report import StepProgress, print_report
 from bvpo.runs import checkpoint_step, claim_version, find_checkpoint, run_loggers
 
@@ -55,6 +56,11 @@ class FitCLI(LightningCLI):
             trainer.max_epochs = 1
         if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"] = [StepProgress()]
+        if trainer.accumulate_grad_batches != 1 or trainer.gradient_clip_val is not None:
+            raise UserError(
+                "the module accumulates and clips itself: give --model.accumulate and --model.clip instead of "
+                "--trainer.accumulate_grad_batches and --trainer.gradient_clip_val"
+            )
         if self.config.threads is not None:
             if self.config.threads < 1:
                 raise UserError(f"threads must be ≥ 1, got {self.config.threads}")
@@ -71,6 +77,7 @@ class FitCLI(LightningCLI):
                 self.save_config_kwargs["overwrite"] = True
 
     def fit(self) -> None:
+        check_trainer(self.trainer)  # before it starts further processes
         if self.config.trainer.logger in (None, True):
             version = claim_version(self.root) if self.version is None else self.version
             resumed_at = None if self.version is None else self.resumed_at
@@ -112,7 +119,7 @@ def main(args: Sequence[str] | None = None) -> int:
             load_from_checkpoint_support=False,
         )
         cli.fit()
-    except UserError as error:
+    except (UserError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print_report(cli.trainer, cli.model, str(cli.root))

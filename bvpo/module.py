@@ -113,6 +113,8 @@ class BVPO(L.LightningModule):
         """Load policy and reference, once; in the precision that the trainer has made the default."""
         if hasattr(self, "policy"):
             return
+        if self._trainer is not None:
+            check_trainer(self.trainer)
         self.policy = load_policy(self.policy_name, torch.get_default_dtype())
         if self.reference_name in (None, self.policy_name):
             self.reference = LiveReference.copy_of(self.policy)
@@ -330,6 +332,17 @@ class BVPO(L.LightningModule):
                 "Give the checkpoint's own policy with --model.policy, or another checkpoint"
             )
         self.skipped = checkpoint.get("bvpo", {}).get("skipped", 0)
+
+
+def check_trainer(trainer: L.Trainer) -> None:
+    """Raises UserError where the trainer is set up in a way that the module would train wrongly."""
+    if trainer.world_size > 1:
+        raise UserError(f"{trainer.world_size} processes: more than one is not supported yet; set --trainer.devices 1")
+    if trainer.precision in ("16-mixed", "16-true"):
+        raise UserError(
+            f"precision {trainer.precision}: fp16 gradients are scaled, which clipping and statistics do not undo; "
+            "use bf16-mixed, bf16-true or 32-true"
+        )
 
 
 def learning_rate_scale(step: int, total: int, warmup: int, schedule: str) -> float:

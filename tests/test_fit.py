@@ -140,6 +140,11 @@ BAD_INPUT = {  # an option that a user may get wrong, and what the message must 
     "no such checkpoint": ("--ckpt_path={folder}/none.ckpt", "no such checkpoint"),
     "a torn checkpoint": ("--ckpt_path={folder}/torn.ckpt", "cannot be read"),
     "batch of 0": ("--data.batch_size=0", "batch_size must be ≥ 1"),
+    "fp16": ("--trainer.precision=16-true", "use bf16-mixed"),
+    "several processes": ("--trainer.devices=2", "more than one is not supported yet"),
+    "the trainer's clipping": ("--trainer.gradient_clip_val=1.0", "--model.clip"),
+    "no GPU": ("--trainer.accelerator=gpu", "No supported gpu backend found"),
+    "no threads": ("--threads=0", "threads must be ≥ 1"),
     "negative learning rate": ("--model.learning_rate=-1", "learning_rate must be ≥ 0"),
 }
 
