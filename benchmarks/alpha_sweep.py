@@ -10,6 +10,7 @@ difference between two policies is paired by seed.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ POLICIES = {
     "Optimal": ["--model.mixing=bvpo.mixing.Optimal"],
 }
 MODES = ("thinking", "no_thinking")
+AFTER_ONLY = {"class_path": "bvpo.evaluate.TaskAccuracy", "init_args": {"questions": 1000, "before": False}}
 
 
 def folder(root: Path, policy: str, seed: int) -> Path:
@@ -40,6 +42,8 @@ def run(root: Path, seeds: int, shard: str) -> None:
         if finished(where):
             continue
         command = [sys.executable, "-m", "bvpo.fit", "--config", "experiments/alpaca.yaml", *POLICIES[policy]]
+        if (policy, seed) != cells[0]:  # the start is the same for all
+            command += [f"--trainer.callbacks={json.dumps([AFTER_ONLY])}"]
         command += [
             f"--seed_everything={seed}",
             f"--trainer.default_root_dir={where}",
@@ -53,7 +57,7 @@ def finished(where: Path) -> Path | None:
     """metrics.csv of the cell's finished fit."""
     for path in sorted(where.glob("version_*/metrics.csv"), reverse=True):
         log = pd.read_csv(path)
-        if "accuracy/thinking" in log and log["accuracy/thinking"].count() == 2:
+        if "accuracy/thinking" in log and log["step"].iloc[-1] > 0 and pd.notna(log["accuracy/thinking"].iloc[-1]):
             return path
     return None
 
@@ -67,12 +71,12 @@ def accuracies(root: Path) -> pd.DataFrame:
             if path is None:
                 continue
             log = pd.read_csv(path)
-            before, after = (log[log["accuracy/thinking"].notna()].iloc[i] for i in (0, -1))
+            before, after = log.iloc[0], log.iloc[-1]
             rows.append(
                 {
                     "policy": policy,
                     "seed": int(where.name.removeprefix("seed_")),
-                    "start": sum(before[f"accuracy/{mode}"] for mode in MODES) / 2,
+                    "start": sum(before[f"accuracy/{mode}"] for mode in MODES) / 2,  # NaN where it was not measured
                     **{mode: after[f"accuracy/{mode}"] for mode in MODES},
                     "mean": sum(after[f"accuracy/{mode}"] for mode in MODES) / 2,
                     "alpha": log["mixing/alpha"].mean(),

@@ -93,6 +93,7 @@ class TaskAccuracy(L.Callback):
         max_new_tokens: Longer responses are cut and count as wrong.
         batch_size: Responses generated at once.
         seed: Of questions and responses.
+        before: Measure before the fit too; without it only the trained policy is measured.
     """
 
     def __init__(
@@ -102,17 +103,18 @@ class TaskAccuracy(L.Callback):
         max_new_tokens: int = 160,
         batch_size: int = 256,
         seed: int = 0,
+        before: bool = True,
     ) -> None:
         if questions < 2:
             raise UserError(f"questions must be ≥ 2 to give a standard error, got {questions}")
         self.questions = draw_questions(questions, seed, "held_out")
         self.decoding = Decoding(temperature=temperature, max_new_tokens=max_new_tokens)
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.measure_before = batch_size, seed, before
         self.before: dict[Mode, Accuracy] = {}
         self.after: dict[Mode, Accuracy] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step == 0:
+        if trainer.global_step == 0 and self.measure_before:
             self.before = self._measure(trainer, pl_module, "before")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
