@@ -10,16 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bvpo.errors import UserError
-from bvpo.pairs import PairBatch, collate, load_rows, longest, tokenize_rows
+from bvpo.pairs import OnBadRow, OnOverlong, PairBatch, RowOptions, collate, load_rows, tokenize_rows
 from bvpo.policy import load_tokenizer
 
 
@@ -136,10 +135,14 @@ class PairData(L.LightningDataModule):
         accumulate: Microbatches of an optimizer step on a rank; taken from `model.accumulate`.
         tokenizer: Whose tokenizer: a Hub id or folder; taken from `model.policy`.
         max_length: Tokens of prompt and completion that a sequence may have; none by default.
-        on_overlong: What happens to a row with a longer sequence: it is dropped and counted, or an error.
+        on_overlong: What happens to a row with a longer sequence. `error` refuses it and `drop` leaves it out;
+            `truncate_prompt` cuts its prompt's oldest tokens, `truncate_trace` the end of its trace, before the close
+            tag. A row that this cannot shorten enough is a bad row. All are counted, by branch and side.
+        on_bad_row: What happens to a row that is no pair of pairs: `error` refuses it, `drop` leaves it out and shows
+            counts by reason.
         bucket_by_length: Sort the rows inside an optimizer batch by length: less padding. A microbatch is then no
             random subset, and the whole optimizer step becomes the statistics' unit.
-        workers: Processes that prepare batches.
+        workers: Processes that prepare batches, and that tokenize a large data set.
         seed: Of the order of rows; taken from `seed_everything`.
     """
 
@@ -151,7 +154,8 @@ class PairData(L.LightningDataModule):
         accumulate: int = 1,
         tokenizer: str = "builtin:tiny_reasoner",
         max_length: int | None = None,
-        on_overlong: Literal["drop", "error"] = "error",
+        on_overlong: OnOverlong = "error",
+        on_bad_row: OnBadRow = "error",
         bucket_by_length: bool = False,
         workers: int = 0,
         seed: int = 0,
@@ -162,13 +166,14 @@ class PairData(L.LightningDataModule):
                 raise UserError(f"{name} must be ≥ 1, got {value}")
         self.sources = {"train": train, "validation": validation}
         self.batch_size, self.accumulate, self.workers, self.seed = batch_size, accumulate, workers, seed
-        self.max_length, self.on_overlong, self.bucket_by_length = max_length, on_overlong, bucket_by_length
+        self.max_length, self.on_overlong, self.on_bad_row = max_length, on_overlong, on_bad_row
+        self.bucket_by_length = bucket_by_length
         self.tokenizer_name = tokenizer
         self.rows: dict[str, datasets.Dataset] = {}
 
     def prepare_data(self) -> None:
         """Read and tokenize on one process; `datasets` caches what the others then read."""
-        self._load()
+        self.setup()
 
     def setup(self, stage: str | None = None) -> None:
         if not self.rows:
@@ -178,28 +183,12 @@ class PairData(L.LightningDataModule):
         self.tokenizer = load_tokenizer(self.tokenizer_name)
         module: Any = self.trainer.lightning_module if self.trainer else None
         anchors = module is not None and module.mixing.anchor == "marginal"
+        options = RowOptions(anchors, self.on_bad_row, self.max_length, self.on_overlong, self.workers)
         return {
-            name: self._within_length(tokenize_rows(load_rows(source), self.tokenizer, source, anchors), source)
+            name: tokenize_rows(load_rows(source), self.tokenizer, source, options=options)
             for name, source in self.sources.items()
             if source is not None
         }
-
-    def _within_length(self, rows: datasets.Dataset, source: str) -> datasets.Dataset:
-        if self.max_length is None:
-            return rows
-        kept = [index for index, row in enumerate(rows) if longest(row) <= self.max_length]
-        dropped = len(rows) - len(kept)
-        if dropped and self.on_overlong == "error":
-            first = next(index for index, row in enumerate(rows) if longest(row) > self.max_length)
-            raise UserError(
-                f"{source}, row {first + 1}: longest sequence has {longest(rows[first])} tokens, max_length is "
-                f"{self.max_length} ({dropped} of {len(rows)} rows are longer): raise it, or set on_overlong to drop"
-            )
-        if not kept:
-            raise UserError(f"{source}: all {len(rows)} rows are longer than max_length = {self.max_length} tokens")
-        if dropped:
-            rank_zero_warn(f"{source}: dropped {dropped} of {len(rows)} rows longer than {self.max_length} tokens")
-        return rows.select(kept)
 
     @property
     def pad_token_id(self) -> int:
@@ -211,7 +200,7 @@ class PairData(L.LightningDataModule):
         """The training rows' order and cut, for this rank."""
         rows = self.rows["train"]
         trainer = self.trainer
-        lengths = [longest(row) for row in rows] if self.bucket_by_length else None  # type: ignore[arg-type]
+        lengths = rows["length"][:] if self.bucket_by_length else None
         return StepSampler(
             len(rows),
             self.batch_size,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -56,6 +57,8 @@ class FitCLI(LightningCLI):
             trainer.max_epochs = 1
         if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"] = [StepProgress()]
+        else:
+            datasets.disable_progress_bars()
         if trainer.accumulate_grad_batches != 1 or trainer.gradient_clip_val is not None:
             raise UserError(
                 "the module accumulates and clips itself: give --model.accumulate and --model.clip instead of "
@@ -90,6 +93,7 @@ def quiet_lightning() -> None:
     """Hide what says nothing about the run: hardware tips, and warnings that are other packages' to mend."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # lengths are ours to check
     for message in (
         r"[\s\S]*was deprecated in v4\.49",  # jsonargparse, called by LightningCLI
         r"[\s\S]*JsonargparseDeprecationWarning",

@@ -4,29 +4,60 @@ A row gives one prompt with four completions: chosen and rejected, with a trace 
 completion are tokenized apart, each once: together, a token could span their border. Masks come from lengths, never
 from the pad token, which is also the EOS in some families.
 
+A row that cannot be trained on is refused, or by `RowOptions` dropped or cut, and then counted.
+
 Shapes: B rows, S = 2B sequences (the chosen ones, then the rejected ones), T tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import datasets
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from bvpo import __version__
 from bvpo.errors import UserError
-from bvpo.traces import QWEN3, Response, ThinkFormat, answer_of, join, split
+from bvpo.rows import TEXT_COLUMNS, check_row, to_text
+from bvpo.rows import load_rows as load_rows  # both halves of the way from a file to ids, under one name
+from bvpo.traces import QWEN3, Response, ThinkFormat, answer_of, check_template, join, split, starts_with_bos
 
-BUILTIN = {"builtin:tiny_reasoner": Path(__file__).parent / "assets" / "tiny_reasoner_pairs.parquet"}
-TEXT_COLUMNS = ("prompt", "chosen", "rejected", "empty_prompt", "empty_chosen", "empty_rejected")
 Branch = Literal["trace", "empty"]
 BRANCHES: tuple[Branch, ...] = ("trace", "empty")
+OnBadRow = Literal["error", "drop"]
+OnOverlong = Literal["error", "drop", "truncate_prompt", "truncate_trace"]
+SEQUENCES = {
+    f"{branch} {side}": (prefix + "prompt", prefix + side)
+    for branch, prefix in (("trace", ""), ("empty", "empty_"))
+    for side in ("chosen", "rejected")
+}
+IDS, NUMBER = datasets.List(datasets.Value("int32")), datasets.Value("int64")
+COLUMNS = dict.fromkeys(TEXT_COLUMNS, IDS) | {
+    "prompt_key": NUMBER,
+    "length": NUMBER,  # of the longest sequence, as it is trained on
+    "lengths": IDS,  # of the four sequences, before any cut
+    "problem": datasets.Value("string"),
+    "endless": datasets.Value("bool"),  # a completion does not end in the EOS
+}
+ANCHOR_COLUMNS = {
+    "anchor_log_q": datasets.List(datasets.Value("float64")),
+    "anchor_chosen": datasets.List(IDS),
+    "anchor_rejected": datasets.List(IDS),
+}
+LARGE = 5_000  # rows from which on further processes earn their start
+CODE = hashlib.sha256(  # what made a cached row: another code makes it anew
+    b"".join(Path(__file__).with_name(name).read_bytes() for name in ("pairs.py", "rows.py", "traces.py"))
+).hexdigest()
 
 
 class SequenceBatch(NamedTuple):
@@ -101,56 +132,11 @@ class PairBatch(NamedTuple):
     anchors: AnchorBatch | None = None
 
 
-def load_rows(source: str) -> datasets.Dataset:
-    """The rows of a JSONL or Parquet file, a built-in set, or a Hub data set (its `train` split).
-
-    Raises:
-        UserError: The source does not exist, cannot be read, is empty, or lacks a column.
-    """
-    path = BUILTIN.get(source, Path(source))
-    if path.suffix in (".json", ".jsonl", ".parquet"):
-        if not path.is_file():
-            raise UserError(f"{source}: there is no such file; give a JSONL or Parquet file, a Hub id, or {_builtin()}")
-        if path.stat().st_size == 0:
-            raise UserError(f"{source}: the file is empty; expected one row a prompt")
-        kind, where = ("parquet" if path.suffix == ".parquet" else "json"), {"data_files": str(path)}
-    elif path.exists() or source.startswith(("builtin:", ".", "/", "~")) or source.count("/") > 1:
-        raise UserError(f"{source}: not a data set; give a .jsonl or .parquet file, a Hub id, or {_builtin()}")
-    else:
-        kind, where = source, {}
-    try:
-        rows = cast(datasets.Dataset, datasets.load_dataset(kind, split="train", **where))
-    except Exception as error:  # datasets raises whatever its reader, the network or Arrow raises
-        if "corresponds to no data" in str(error):
-            raise UserError(f"{source}: no rows; expected one row a prompt") from error
-        raise UserError(f"{source}: cannot be read as {kind}: {_first_line(error)}") from error
-    missing = [name for name in TEXT_COLUMNS if name not in rows.column_names]
-    if missing:
-        raise UserError(
-            f"{source}: no column {', '.join(missing)}; it has {', '.join(rows.column_names)}. "
-            f"A row needs {', '.join(TEXT_COLUMNS)}"
-        )
-    if len(rows) == 0:
-        raise UserError(f"{source}: no rows; expected one row a prompt")
-    return rows
-
-
-def _builtin() -> str:
-    return ", ".join(BUILTIN)
-
-
-def _first_line(error: BaseException) -> str:
-    root = error.__cause__ or error
-    text = str(root).strip()
-    return text.splitlines()[0] if text else type(root).__name__
-
-
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids that generation starts from: BOS exactly once where the tokenizer adds one, and never an EOS."""
+    """The ids that generation starts from: BOS exactly once where generation has one, and never an EOS."""
     ids = list(tokenizer(text, add_special_tokens=False).input_ids)
-    bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and list(tokenizer("").input_ids)[:1] == [bos]
-    return [cast(int, bos), *ids] if adds_bos and ids[:1] != [bos] else ids
+    bos = cast(int, tokenizer.bos_token_id)
+    return [bos, *ids] if starts_with_bos(tokenizer) and ids[:1] != [bos] else ids
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -205,42 +191,225 @@ def prompt_key(prompt_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(prompt_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()) >> 1
 
 
-def check_row(row: Mapping[str, Any], where: str) -> None:
-    """Raises UserError, naming file, row and field, where a row is no pair of pairs."""
-    for name in TEXT_COLUMNS:
-        value = row[name]
-        if not isinstance(value, str) or not value:
-            found = "nothing" if value is None or value == "" else f"{type(value).__name__} {str(value)[:40]!r}"
-            raise UserError(f"{where}: field {name}: expected text, found {found}")
-    for chosen, rejected in (("chosen", "rejected"), ("empty_chosen", "empty_rejected")):
-        if row[chosen] == row[rejected]:
-            raise UserError(f"{where}: {chosen} equals {rejected}: a pair needs two different completions")
+@dataclass(frozen=True)
+class RowOptions:
+    """What happens to rows that cannot be trained on as they are. See `PairData`.
+
+    Args:
+        anchors: Whether each row needs traces for the marginal anchor.
+        on_bad_row: A row that is no pair of pairs.
+        max_length: Tokens of prompt and completion that a sequence may have.
+        on_overlong: A row with a longer sequence.
+        workers: Processes that tokenize, where the data set is large.
+    """
+
+    anchors: bool = False
+    on_bad_row: OnBadRow = "error"
+    max_length: int | None = None
+    on_overlong: OnOverlong = "error"
+    workers: int = 0
+
+    @property
+    def cut_to(self) -> int | None:
+        """The length that rows are cut to; None where they are left as they are."""
+        return self.max_length if self.on_overlong.startswith("truncate") else None
 
 
 def tokenize_rows(
-    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, source: str, anchors: bool = False
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    anchors: bool = False,
+    options: RowOptions | None = None,
 ) -> datasets.Dataset:
-    """Check and tokenize every row, with its anchor traces if asked. Raises UserError at the first bad one."""
+    """Check and tokenize every row, cached by content; then refuse or drop, and count, what is bad or too long."""
+    options = options or RowOptions(anchors)
+    if "template_sha" in rows.column_names and tokenizer.chat_template:
+        try:
+            check_template(rows["template_sha"], tokenizer, source)
+        except UserError as error:  # the rows hold rendered text, so what they were sampled from is what is trained on
+            rank_zero_warn(str(error))
+    cut = {"anchors": options.anchors, "cut_to": options.cut_to, "how": options.on_overlong if options.cut_to else ""}
+    key = json.dumps([rows._fingerprint, fingerprint(tokenizer), CODE, __version__, cut])
+    tokenized = rows.map(
+        prepare_row,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "source": source, **cut},
+        remove_columns=rows.column_names,
+        features=datasets.Features(COLUMNS | (ANCHOR_COLUMNS if options.anchors else {})),
+        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
+        num_proc=options.workers if options.workers > 1 and len(rows) >= LARGE else None,
+        writer_batch_size=100,  # rows held in memory, each of up to some hundred thousand ids
+        desc=f"tokenizing {source}",
+    )
+    return _select(tokenized, source, options).remove_columns(["problem", "lengths", "endless"])
 
-    def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
-        where = f"{source}, row {index + 1}"
-        check_row(row, where)
-        tokenized = tokenize_row(row, tokenizer)
-        for name in TEXT_COLUMNS:
-            if not tokenized[name]:
-                raise UserError(f"{where}: field {name} has no tokens")
-        return tokenized | (tokenize_anchors(row, tokenizer, where) if anchors else {})
 
-    return rows.map(tokenize, with_indices=True, remove_columns=rows.column_names, desc=f"tokenizing {source}")
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides which ids a text gets, the same in every process."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    adds = list(tokenizer("").input_ids)
+    vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    parts = [vocabulary, adds, tokenizer.special_tokens_map, tokenizer.chat_template, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+def prepare_row(
+    row: Mapping[str, Any],
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    anchors: bool,
+    cut_to: int | None,
+    how: str,
+) -> dict[str, Any]:
+    """A tokenized row, or a row without ids whose `problem` says why: a map over rows goes on to the end."""
+    where = f"{source}, row {index + 1}"
+    empty: dict[str, Any] = {name: [] for name in COLUMNS | (ANCHOR_COLUMNS if anchors else {})}
+    empty |= {"prompt_key": 0, "length": 0, "problem": None, "endless": False}
+    try:
+        text = to_text(row, where, tokenizer)
+        check_row(text, where, str(tokenizer.eos_token or ""))
+        tokenized = tokenize_row(text, tokenizer)
+        check_ids(tokenized, where, tokenizer)
+        tokenized["endless"] = any(tokenized[name][-1] != tokenizer.eos_token_id for _, name in SEQUENCES.values())
+        tokenized["lengths"] = sequence_lengths(tokenized)
+        if cut_to is not None and max(tokenized["lengths"]) > cut_to:
+            shorten(tokenized, text, where, tokenizer, cut_to, how)
+        tokenized["length"] = longest(tokenized)
+        return empty | tokenized | (tokenize_anchors(text, tokenizer, where) if anchors else {})
+    except UserError as error:
+        return empty | {"problem": str(error).removeprefix(f"{where}: ")}
+
+
+def check_ids(tokenized: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where BOS or EOS stand where a model that samples puts none."""
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    for name in TEXT_COLUMNS:
+        ids = tokenized[name]
+        if not ids:
+            raise UserError(f"{where}: field {name} has no tokens")
+        if name.endswith("prompt"):
+            if bos != eos and starts_with_bos(tokenizer) and bos in ids[1:]:
+                raise UserError(
+                    f"{where}: field {name}: {tokenizer.bos_token} stands inside (token {ids.index(bos, 1) + 1} of "
+                    f"{len(ids)}); the tokenizer puts it in front, leave it out of the text"
+                )
+        elif eos in ids[:-1]:
+            raise UserError(
+                f"{where}: field {name}: the EOS {tokenizer.eos_token} comes before the end (token "
+                f"{ids.index(eos) + 1} of {len(ids)}); a model stops there"
+            )
+
+
+def sequence_lengths(row: Mapping[str, Any]) -> list[int]:
+    """Tokens of a tokenized row's four sequences, in the order of `SEQUENCES`."""
+    return [len(row[prompt]) + len(row[completion]) for prompt, completion in SEQUENCES.values()]
+
+
+def shorten(
+    tokenized: dict[str, Any],
+    text: Mapping[str, Any],
+    where: str,
+    tokenizer: PreTrainedTokenizerBase,
+    to: int,
+    how: str,
+) -> None:
+    """Cut a row to `to` tokens a sequence: prompts from the left, behind BOS, or traces at their end.
+
+    Both sides of a pair keep one prompt. Close tag, answer and EOS are never touched.
+
+    Raises:
+        UserError: That is not enough: the prompt, or the trace, is shorter than the excess.
+    """
+    for name, (prompt, completion) in SEQUENCES.items():
+        excess = len(tokenized[prompt]) + len(tokenized[completion]) - to
+        if excess <= 0:
+            continue
+        if how == "truncate_prompt":
+            first = int(starts_with_bos(tokenizer))
+            spare = len(tokenized[prompt]) - first - 1
+            ids, column, at = tokenized[prompt], prompt, first
+        else:
+            start, end = _trace_span(tokenized[completion], text[completion], tokenizer)
+            spare, ids, column, at = end - start - 1, tokenized[completion], completion, end - excess
+        if excess > spare:
+            raise UserError(
+                f"{where}: field {column}: {how} cannot bring {name} to {to} tokens ({excess} too many, "
+                f"{max(spare, 0)} may be cut)"
+            )
+        tokenized[column] = ids[:at] + ids[at + excess :]
+
+
+def _trace_span(
+    ids: list[int], completion: str, tokenizer: PreTrainedTokenizerBase, think: ThinkFormat = QWEN3
+) -> tuple[int, int]:
+    """Where a trace's tokens begin and end; (0, 0) where there is none, or its ends are no borders between tokens."""
+    own = split(completion, think)
+    heads = [join(replace(own, trace=trace, answer="", closed=False), think) for trace in ("", own.trace)]
+    opening, whole = (encode_completion(tokenizer, head) for head in heads)
+    if not own.closed or ids[: len(opening)] != opening or ids[: len(whole)] != whole:
+        return 0, 0
+    return len(opening), len(whole)
+
+
+def _select(tokenized: datasets.Dataset, source: str, options: RowOptions) -> datasets.Dataset:
+    """The rows to train on. Whatever is left out, cut or repeated is counted and shown."""
+    facts = tokenized.select_columns(["problem", "lengths", "length", "prompt_key", "endless"])[:]
+    total, limit = len(tokenized), options.max_length or math.inf
+    bad = {index: problem for index, problem in enumerate(facts["problem"]) if problem}
+    if bad:
+        first, problem = next(iter(bad.items()))
+        if options.on_bad_row == "error" or len(bad) == total:
+            hint = "" if len(bad) == 1 else f" ({len(bad)} of {total} rows are no pairs: {count_reasons(bad)})"
+            remedy = "; set on_bad_row to drop to go on without" if len(bad) < total else ""
+            raise UserError(f"{source}, row {first + 1}: {problem}{hint}{remedy}")
+        rank_zero_warn(f"{source}: dropped {len(bad)} of {total} rows that are no pairs: {count_reasons(bad)}")
+    over = {index for index, lengths in enumerate(facts["lengths"]) if index not in bad and max(lengths) > limit}
+    sides = ", ".join(
+        f"{name} {sum(facts['lengths'][index][side] > limit for index in over)}" for side, name in enumerate(SEQUENCES)
+    )
+    if over and options.on_overlong == "error":
+        first = min(over)
+        raise UserError(
+            f"{source}, row {first + 1}: longest sequence has {facts['length'][first]} tokens, max_length is {limit} "
+            f"({len(over)} of {total} rows are longer: {sides}): raise it, or set on_overlong to drop, "
+            "truncate_prompt or truncate_trace"
+        )
+    dropped = over if options.on_overlong == "drop" else set()
+    kept = [index for index in range(total) if index not in bad and index not in dropped]
+    if not kept:
+        raise UserError(f"{source}: all {total} rows are longer than max_length = {limit} tokens, or bad ({sides})")
+    if over:
+        done = "dropped" if dropped else f"cut by {options.on_overlong}"
+        rank_zero_warn(f"{source}: {done} {len(over)} of {total} rows longer than {limit} tokens ({sides})")
+    endless = [index for index in kept if facts["endless"][index]]
+    if endless:  # an EOS is never added: where a completion was cut off it would be a lie
+        rank_zero_warn(
+            f"{source}: {len(endless)} of {len(kept)} rows (the first is row {endless[0] + 1}) have a completion "
+            "without the tokenizer's EOS at its end: they are trained on as they are, and teach the policy no end"
+        )
+    repeated = len(kept) - len({facts["prompt_key"][index] for index in kept})
+    if repeated:
+        rank_zero_warn(f"{source}: {repeated} of {len(kept)} rows repeat another row's prompt; they are kept")
+    return tokenized if len(kept) == total else tokenized.select(kept)
+
+
+def count_reasons(bad: Mapping[int, str]) -> str:
+    """Reasons by frequency, each with its first row numbers. What was found in one row is no part of a reason."""
+    reasons: dict[str, list[int]] = {}
+    for index, problem in bad.items():
+        reasons.setdefault(re.split(r", found | \(", problem)[0], []).append(index + 1)
+    by_count = sorted(reasons.items(), key=lambda item: -len(item[1]))
+    return "; ".join(
+        f"{len(rows)} × {reason} (row {', '.join(map(str, rows[:3]))}{', …' if len(rows) > 3 else ''})"
+        for reason, rows in by_count
+    )
 
 
 def longest(row: Mapping[str, Any]) -> int:
     """Tokens of a tokenized row's longest sequence."""
-    return max(
-        len(row[prefix + "prompt"]) + len(row[prefix + side])
-        for prefix in ("", "empty_")
-        for side in ("chosen", "rejected")
-    )
+    return max(sequence_lengths(row))
 
 
 def collate(

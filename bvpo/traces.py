@@ -8,14 +8,29 @@ cut `<think>…</think>` out of assistant turns, so a completion must never pass
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from bvpo.errors import UserError
 
 Mode = Literal["thinking", "no_thinking"]
 MODES: tuple[Mode, ...] = ("thinking", "no_thinking")
 Conversation = list[dict[str, str]]
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises UserError where a text holds half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(text[error.start]):04X}"
+        raise UserError(
+            f"{what}: character {error.start + 1} is a lone surrogate, {found}: mend the file's encoding"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -25,16 +40,53 @@ class ThinkFormat:
     Args:
         open: The tag that starts a trace.
         close: The tag that ends it.
-        empty: The closed, empty block that a `no_thinking` prompt ends in, verbatim: in most tokenizers a blank line is
-            one token, so `<think>\\n\\n</think>` is not `<think>\\n` + `\\n</think>`.
+        empty: The closed block that a `no_thinking` prompt ends in, verbatim: in most tokenizers a blank line is one
+            token, so `<think>\\n\\n</think>` is not `<think>\\n` + `\\n</think>`. Blank, it must be the template's own
+            where the template writes one; with words in it (`NO_THINKING_PREFILL`), it replaces that.
+        prompt_opens: Whether the generation prompt of `thinking` holds the open tag. null takes either.
+
+    Raises:
+        UserError: A tag is blank or holds the other, or the block is not open tag, text, close tag, white space.
     """
 
     open: str = "<think>"
     close: str = "</think>"
     empty: str = "<think>\n\n</think>\n\n"
+    prompt_opens: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("open", "close", "empty"):
+            value = getattr(self, name)
+            if not value.strip():
+                raise UserError(f"think format: {name} is {value!r}; give the text that the model writes")
+            check_text(value, f"think format: {name}")
+        if self.open in self.close or self.close in self.open:
+            raise UserError(f"think format: one of the tags {self.open!r} and {self.close!r} holds the other")
+        before, opened, block = self.empty.partition(self.open)
+        inside, closed, after = block.partition(self.close)
+        if not (opened and closed) or before or after.strip() or self.open in inside:
+            raise UserError(
+                f"think format: empty is {self.empty!r}; expected {self.open!r}, text without tags, {self.close!r}, "
+                "and nothing but white space behind"
+            )
 
 
-QWEN3 = ThinkFormat()
+NO_THINKING_PREFILL = "<think>\nOkay, I think I have finished thinking.\n</think>\n\n"  # arXiv 2504.09858
+QWEN3 = ThinkFormat()  # Qwen3 leaves the block to the model, Qwen3.5 opens it
+R1_DISTILL = ThinkFormat(prompt_opens=True)
+R1_0528 = ThinkFormat(prompt_opens=False)
+FORMATS = {"qwen3": QWEN3, "r1_distill": R1_DISTILL, "r1_0528": R1_0528}
+FORMATS |= {f"{name}_prefilled": replace(think, empty=NO_THINKING_PREFILL) for name, think in FORMATS.items()}
+
+
+def think_format(choice: str | ThinkFormat) -> ThinkFormat:
+    """A format given by name or by its fields, as YAML gives it."""
+    if isinstance(choice, ThinkFormat):
+        return choice
+    if choice not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise UserError(f"there is no think format {choice!r}; give {known}, or open, close, empty and prompt_opens")
+    return FORMATS[choice]
 
 
 @dataclass(frozen=True)
@@ -60,10 +112,20 @@ def split(completion: str, think: ThinkFormat = QWEN3) -> Response:
 
 
 def join(response: Response, think: ThinkFormat = QWEN3) -> str:
-    """The inverse of `split`."""
+    """The inverse of `split`.
+
+    Raises:
+        UserError: The response is not what `split` gives: its trace holds a tag, or an unfinished trace has an answer.
+    """
     head = think.open if response.opened else ""
     tail = think.close + response.answer if response.closed else ""
-    return head + response.trace + tail
+    text = head + response.trace + tail
+    if split(text, think) != response:
+        raise UserError(
+            f"trace {response.trace[:40]!r} and answer {response.answer[:40]!r} cannot be joined: the trace holds "
+            f"{think.open!r} or {think.close!r}, or it is unfinished and has an answer"
+        )
+    return text
 
 
 def answer_of(completion: str, mode: Mode, think: ThinkFormat = QWEN3) -> str | None:
@@ -72,6 +134,21 @@ def answer_of(completion: str, mode: Mode, think: ThinkFormat = QWEN3) -> str | 
         return completion.strip()
     response = split(completion, think)
     return response.answer.strip() if response.closed else None
+
+
+def check_conversation(conversation: Any) -> None:
+    """Raises UserError, naming the message, unless this is a list of {role, content} that ends in a user turn."""
+    if not isinstance(conversation, list) or not conversation:
+        found = "an empty list" if conversation == [] else type(conversation).__name__
+        raise UserError(f"conversation: expected a list of {{role, content}}, found {found}")
+    for number, message in enumerate(conversation, 1):
+        for field in ("role", "content"):
+            value = message.get(field) if isinstance(message, dict) else None
+            if not isinstance(value, str):
+                raise UserError(f"conversation, message {number}: expected {{role, content}} as text, found no {field}")
+            check_text(value, f"conversation, message {number}, {field}")
+    if conversation[-1]["role"] != "user":
+        raise UserError(f"conversation: expected a user turn at its end, found {conversation[-1]['role']!r}")
 
 
 def render_prompt(
@@ -83,25 +160,79 @@ def render_prompt(
     those that open the block or ignore the switch (R1-Distill, R1-0528) it is written here.
 
     Raises:
-        ValueError: The tokenizer has no chat template.
+        UserError: There is no chat template; it refuses the conversation or leaves a message out; it is of another
+            think format.
     """
+    name = tokenizer.name_or_path
     if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, so prompts cannot be rendered: "
+        raise UserError(
+            f"the tokenizer of {name!r} has no chat template, so prompts cannot be rendered: "
             "use an instruction-tuned model, or add a chat_template.jinja to its folder"
         )
-    text = tokenizer.apply_chat_template(
-        conversation, tokenize=False, add_generation_prompt=True, enable_thinking=mode == "thinking"
-    )
-    assert isinstance(text, str)
-    if tokenizer.bos_token:
-        text = text.removeprefix(str(tokenizer.bos_token))
-    if mode == "thinking" or text.endswith(think.empty):
+    check_conversation(conversation)
+    text = _render(tokenizer, conversation, mode).removeprefix(str(tokenizer.bos_token or ""))
+    for number, message in enumerate(conversation, 1):
+        if message["content"].rpartition(think.close)[2].strip() not in text:
+            role = message["role"]
+            raise UserError(f"the chat template of {name!r} leaves message {number} ({role}) out; take it out yourself")
+    head, block = _cut_block(text, think)
+    closed = think.close in block
+    if mode == "thinking":
+        if closed or think.prompt_opens not in (None, bool(block)):
+            expected = {True: "opens the block", False: "leaves the block to the model", None: "does not close it"}
+            raise UserError(
+                f"the chat template of {name!r} ends in {text[-40:]!r}, and the think format expects that it "
+                f"{expected[think.prompt_opens]}: give the format of this model"
+            )
         return text
-    opened = think.open + "\n"
-    return text.removesuffix(opened) + think.empty
+    if text.endswith(think.empty):
+        return text
+    if closed and not think.empty.replace(think.open, "").replace(think.close, "").strip():
+        raise UserError(
+            f"the chat template of {name!r} writes the empty block {block!r}, and the think format's is "
+            f"{think.empty!r}: give the template's as `empty`"
+        )
+    return head + think.empty
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, mode: Mode) -> str:
+    try:
+        text = tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=True, enable_thinking=mode == "thinking"
+        )
+    except TemplateError as error:
+        raise UserError(f"the chat template of {tokenizer.name_or_path!r} refuses the conversation: {error}") from error
+    assert isinstance(text, str)
+    return text
+
+
+def _cut_block(prompt: str, think: ThinkFormat) -> tuple[str, str]:
+    """A prompt without the blank block that it ends in, open or closed, and that block ("" where there is none)."""
+    head, tag, tail = prompt.rpartition(think.open)
+    return (head, tag + tail) if tag and not tail.replace(think.close, "", 1).strip() else (prompt, "")
+
+
+def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether generation starts from BOS: as the chat template has it or, without one, as the tokenizer does."""
+    if tokenizer.bos_token is None:
+        return False
+    if tokenizer.chat_template:
+        return _render(tokenizer, [{"role": "user", "content": ""}], "thinking").startswith(str(tokenizer.bos_token))
+    return list(tokenizer("").input_ids)[:1] == [tokenizer.bos_token_id]
 
 
 def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of the chat template's source, which rows carry as `template_sha`."""
     return hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()
+
+
+def check_template(fingerprints: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Raises UserError at the first row whose `template_sha` is not this tokenizer's. Rows without one pass."""
+    own = template_fingerprint(tokenizer)
+    for number, found in enumerate(fingerprints, 1):
+        if found is not None and found != own:
+            raise UserError(
+                f"{source}, row {number}: its prompts were written with another chat template (template_sha "
+                f"{found[:12]}…) than that of {tokenizer.name_or_path!r} ({own[:12]}…): train with the tokenizer that "
+                "the rows were sampled with, or sample them anew"
+            )

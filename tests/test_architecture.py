@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "bvpo"
 LAYERS = [  # a file imports from the lines above its own only
     ["errors", "tasks"],
     ["losses", "gradients", "moments", "traces"],
+    ["rows"],
     ["anchor", "mixing", "pairs", "sample", "window"],
     ["monitor", "oracle", "policy"],
     ["data", "evaluate", "records"],
