@@ -11,17 +11,21 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import tempfile
 import time
 from collections import defaultdict
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import lightning as L
 import torch
+from datasets import Dataset
 
 from bvpo.data import PairData
 from bvpo.mixing import Fixed
 from bvpo.module import BVPO
+from bvpo.pairs import load_rows
 
 
 class Alternate(L.Callback):
@@ -54,6 +58,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     L.seed_everything(0, verbose=False)
+    rows = load_rows("builtin:tiny_reasoner")
+    row = sorted(rows, key=lambda row: len(row["chosen"]) + len(row["rejected"]))[len(rows) // 2]
+    folder = Path(tempfile.mkdtemp())  # 16 prompts of one length, so that every step is the same work
+    Dataset.from_list([{**row, "prompt_id": str(k)} for k in range(16)]).to_parquet(folder / "rows.parquet")
     timer = Alternate()
     module = BVPO(mixing=Fixed(0.5), beta=0.5, learning_rate=2e-4, accumulate=4)
     L.Trainer(
@@ -64,7 +72,7 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[timer],
-    ).fit(module, datamodule=PairData(batch_size=4, accumulate=4))
+    ).fit(module, datamodule=PairData(str(folder / "rows.parquet"), batch_size=4, accumulate=4))
     with_, without = (timer.seconds[on][5:] for on in (True, False))  # the first steps warm up
     ratios = [a / b for a, b in zip(with_, without, strict=False)]
     low, _, high = quantiles(ratios, n=4)

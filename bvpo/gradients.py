@@ -57,16 +57,18 @@ class Sketch:
             chunk = values[start : start + CHUNK].to(sketch.dtype)
             first, last = offset + start, offset + start + len(chunk)
             sign = signs(first, len(chunk), self.seed, chunk.device) if table is None else table[first:last]
-            self._fold_(sketch, chunk * sign, first % self.size)
+            self._fold_(sketch, chunk, sign.to(chunk.dtype), first % self.size)
 
-    def _fold_(self, sketch: Tensor, chunk: Tensor, column: int) -> None:
+    def _fold_(self, sketch: Tensor, chunk: Tensor, sign: Tensor, column: int) -> None:
         head = min(self.size - column, len(chunk))
-        sketch[column : column + head] += chunk[:head]
+        sketch[column : column + head].addcmul_(chunk[:head], sign[:head])
         rows = (len(chunk) - head) // self.size
         if rows:
-            sketch += chunk[head : head + rows * self.size].view(rows, self.size).sum(0)
-        tail = chunk[head + rows * self.size :]
-        sketch[: len(tail)] += tail
+            body = slice(head, head + rows * self.size)
+            sketch += (chunk[body] * sign[body]).view(rows, self.size).sum(0)
+        tail = head + rows * self.size
+        if tail < len(chunk):
+            sketch[: len(chunk) - tail].addcmul_(chunk[tail:], sign[tail:])
 
 
 def signs(first: int, count: int, seed: int, device: torch.device) -> Tensor:
