@@ -9,12 +9,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-CHUNK = 1 << 22  # elements sketched at a time: bounds the scratch memory, 20 bytes an element; fewer are tabled
+CHUNK = 1 << 22  # elements sketched at a time: bounds the scratch memory, 20 bytes an element
 
 
 @dataclass(frozen=True)
@@ -39,36 +40,24 @@ class Sketch:
         """Numbers of one sketch: min(P, D)."""
         return min(self.parameters, self.size)
 
-    def sign_table(self, device: torch.device) -> Tensor | None:
-        """All signs of a small model, (P,) fp32; None where they are better hashed anew than kept."""
-        if self.exact or self.parameters > CHUNK:
-            return None
-        return signs(0, self.parameters, self.seed, device).float()
-
-    def add_(self, sketch: Tensor, values: Tensor, offset: int, table: Tensor | None = None) -> None:
-        """Add elements `offset … offset + len(values)` of the flat gradient to `sketch`, (D,), in place.
-
-        `table` is the `sign_table`, where one is kept.
-        """
+    def add_(self, sketch: Tensor, values: Tensor, offset: int) -> None:
+        """Add elements `offset … offset + len(values)` of the flat gradient to `sketch`, (D,), in place."""
         if self.exact:
             sketch[offset : offset + len(values)] += values
             return
         for start in range(0, len(values), CHUNK):
             chunk = values[start : start + CHUNK].to(sketch.dtype)
-            first, last = offset + start, offset + start + len(chunk)
-            sign = signs(first, len(chunk), self.seed, chunk.device) if table is None else table[first:last]
-            self._fold_(sketch, chunk, sign.to(chunk.dtype), first % self.size)
+            sign = signs(offset + start, len(chunk), self.seed, chunk.device).to(chunk.dtype)
+            self._fold_(sketch, chunk * sign, (offset + start) % self.size)
 
-    def _fold_(self, sketch: Tensor, chunk: Tensor, sign: Tensor, column: int) -> None:
+    def _fold_(self, sketch: Tensor, chunk: Tensor, column: int) -> None:
         head = min(self.size - column, len(chunk))
-        sketch[column : column + head].addcmul_(chunk[:head], sign[:head])
+        sketch[column : column + head] += chunk[:head]
         rows = (len(chunk) - head) // self.size
         if rows:
-            body = slice(head, head + rows * self.size)
-            sketch += (chunk[body] * sign[body]).view(rows, self.size).sum(0)
-        tail = head + rows * self.size
-        if tail < len(chunk):
-            sketch[: len(chunk) - tail].addcmul_(chunk[tail:], sign[tail:])
+            sketch += chunk[head : head + rows * self.size].view(rows, self.size).sum(0)
+        tail = chunk[head + rows * self.size :]
+        sketch[: len(tail)] += tail
 
 
 def signs(first: int, count: int, seed: int, device: torch.device) -> Tensor:
@@ -114,6 +103,21 @@ def layer_groups(parameters: Mapping[str, nn.Parameter], sketch_size: int) -> li
     return [Group(name, own, Sketch(sum(sizes[i] for i in own), share)) for name, own in members.items()]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive elements of a parameter's gradient that go to consecutive numbers of the sketch.
+
+    Attributes:
+        elements: Which of the flat parameter's.
+        target: (N,) the numbers they are added to: a view of the sketch.
+        signs: (N,) ±1 in the sketch's dtype.
+    """
+
+    elements: slice
+    target: Tensor
+    signs: Tensor
+
+
 class GradientMixer:
     """Collects Σ_k w_k g_k over the backward passes of one optimizer step, and a sketch of each g_k.
 
@@ -131,10 +135,12 @@ class GradientMixer:
         self.width = sum(group.sketch.width for group in groups)
         self._mixed: list[Tensor | None] = [None] * len(self.parameters)
         self._weights = [1.0] * len(self.groups)
-        self._target: Tensor | None = None
+        first = self.parameters[0]
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        self._sketch = torch.zeros(self.width if sketching else 0, dtype=dtype, device=first.device)
+        self._collecting = False
         self._places = self._layout()
-        device = self.parameters[0].device
-        self._tables = [group.sketch.sign_table(device) if sketching else None for group in groups]
+        self._pieces = {i: self._cut(i) for i in range(len(self.parameters))} if sketching else {}
         self._handles: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in enumerate(self.parameters)
         ]
@@ -150,17 +156,36 @@ class GradientMixer:
             start += group.sketch.width
         return places
 
+    def _cut(self, index: int) -> list[Piece] | None:
+        """A parameter of a small model cut where the sketch begins anew; None where signs are better hashed anew.
+
+        Small gradients are many: views and signs that are ready halve the cost of their sketch.
+        """
+        number, start, offset = self._places[index]
+        sketch, end = self.groups[number].sketch, offset + self.parameters[index].numel()
+        if sketch.parameters > CHUNK:
+            return None
+        borders = range((offset // sketch.width + 1) * sketch.width, end, sketch.width)
+        target = self._sketch[start : start + sketch.width]
+        own = torch.ones(end - offset) if sketch.exact else signs(offset, end - offset, sketch.seed, target.device)
+        parts = [(slice(a - offset, b - offset), a % sketch.width) for a, b in pairwise([offset, *borders, end])]
+        return [Piece(part, target[first:][: part.stop - part.start], own[part].to(target)) for part, first in parts]
+
     def _hook(self, index: int) -> Callable[[Tensor], None]:
         number, start, offset = self._places[index]
-        sketch, table = self.groups[number].sketch, self._tables[number]
+        sketch, pieces = self.groups[number].sketch, self._pieces.get(index)
 
         @torch.no_grad()
         def collect(parameter: Tensor) -> None:
             gradient = parameter.grad
             assert gradient is not None
             parameter.grad = None
-            if self._target is not None:
-                sketch.add_(self._target[start : start + sketch.width], gradient.flatten(), offset, table)
+            if self._collecting:
+                flat = gradient.flatten()
+                if pieces is None:
+                    sketch.add_(self._sketch[start : start + sketch.width], flat, offset)
+                for piece in pieces or ():
+                    piece.target.addcmul_(flat[piece.elements].to(piece.signs.dtype), piece.signs)
             mixed, weight = self._mixed[index], self._weights[number]
             if mixed is not None:
                 mixed.add_(gradient, alpha=weight)
@@ -173,12 +198,13 @@ class GradientMixer:
     def collecting(self, weights: Sequence[float]) -> Iterator[Tensor | None]:
         """The backward passes inside go into the mixture with a weight a group; yields their sketch, (D,)."""
         self._weights = list(weights)
-        if self.sketching:
-            first = self.parameters[0]
-            dtype = torch.promote_types(first.dtype, torch.float32)
-            self._target = torch.zeros(self.width, dtype=dtype, device=first.device)
-        yield self._target
-        self._target = None
+        self._collecting = self.sketching
+        collected = torch.empty_like(self._sketch) if self.sketching else None
+        yield collected
+        if collected is not None:
+            collected.copy_(self._sketch)
+            self._sketch.zero_()
+        self._collecting = False
 
     def release(self) -> None:
         """Hand the mixture to the parameters' `.grad` and start afresh."""
