@@ -17,9 +17,12 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from bvpo.batches import PairBatch, collate
 from bvpo.errors import UserError
-from bvpo.pairs import OnBadRow, OnOverlong, PairBatch, RowOptions, collate, load_rows, tokenize_rows
-from bvpo.policy import load_tokenizer
+from bvpo.pairs import load_rows, tokenize_rows
+from bvpo.policy import load_tokenizer, stop_tokens
+from bvpo.selection import OnBadRow, OnOneSided, OnOverlong, RowOptions
+from bvpo.traces import ThinkFormat, think_format
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Microbatch:
     """Rows that one rank takes through the model at once."""
 
     rows: list[int]
-    step_pairs: int
+    step_pairs: tuple[int, int]  # of the optimizer batch: its trace pairs and its empty-trace pairs
     closes_step: bool
 
 
@@ -42,6 +45,7 @@ class StepSampler(Sampler[Microbatch]):
         batch_size: Rows of a microbatch on a rank.
         accumulate: Microbatches of an optimizer step on a rank.
         lengths: Tokens of each row: sorts the rows of an optimizer batch by length; None leaves them as drawn.
+        pairs: (trace, empty) whether each row has the pair, where some rows have one only.
     """
 
     def __init__(
@@ -53,9 +57,10 @@ class StepSampler(Sampler[Microbatch]):
         rank: int = 0,
         ranks: int = 1,
         lengths: Sequence[int] | None = None,
+        pairs: Sequence[tuple[bool, bool]] | None = None,
     ) -> None:
         self.rows, self.batch_size, self.accumulate, self.seed = rows, batch_size, accumulate, seed
-        self.rank, self.ranks, self.lengths = rank, ranks, lengths
+        self.rank, self.ranks, self.lengths, self.pairs = rank, ranks, lengths, pairs
         self.epoch, self.served = 0, 0  # where the next microbatch is taken from
 
     @property
@@ -81,6 +86,12 @@ class StepSampler(Sampler[Microbatch]):
         if self.served == len(self):
             self.epoch, self.served = self.epoch + 1, 0
 
+    def count_pairs(self, batch: Sequence[int]) -> tuple[int, int]:
+        """Trace pairs and empty-trace pairs of some rows."""
+        if self.pairs is None:
+            return len(batch), len(batch)
+        return sum(self.pairs[row][0] for row in batch), sum(self.pairs[row][1] for row in batch)
+
     def _epoch(self) -> Iterator[Microbatch]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.rows, generator=generator).tolist()
@@ -89,9 +100,10 @@ class StepSampler(Sampler[Microbatch]):
             batch = order[first : first + self.step_rows]
             if self.lengths is not None:
                 batch.sort(key=self.lengths.__getitem__)
+            pairs = self.count_pairs(batch)
             for cut in range(0, len(batch), width):
                 mine = batch[cut : cut + width][self.rank :: self.ranks]
-                yield Microbatch(mine, len(batch), closes_step=cut + width >= len(batch))
+                yield Microbatch(mine, pairs, closes_step=cut + width >= len(batch))
 
 
 class Microbatches(Dataset[PairBatch]):
@@ -140,6 +152,9 @@ class PairData(L.LightningDataModule):
             tag. A row that this cannot shorten enough is a bad row. All are counted, by branch and side.
         on_bad_row: What happens to a row that is no pair of pairs: `error` refuses it, `drop` leaves it out and shows
             counts by reason.
+        on_one_sided: What happens to a row without a trace pair or without an empty-trace pair: `error` takes it for a
+            bad row, `keep` trains each estimator on the rows that have its pair.
+        think: How the model marks its traces: qwen3, r1_distill or r1_0528, or the fields of a format of its own.
         bucket_by_length: Sort the rows inside an optimizer batch by length: less padding. A microbatch is then no
             random subset, and the whole optimizer step becomes the statistics' unit.
         workers: Processes that prepare batches, and that tokenize a large data set.
@@ -156,6 +171,8 @@ class PairData(L.LightningDataModule):
         max_length: int | None = None,
         on_overlong: OnOverlong = "error",
         on_bad_row: OnBadRow = "error",
+        on_one_sided: OnOneSided = "error",
+        think: str | ThinkFormat = "qwen3",
         bucket_by_length: bool = False,
         workers: int = 0,
         seed: int = 0,
@@ -167,6 +184,7 @@ class PairData(L.LightningDataModule):
         self.sources = {"train": train, "validation": validation}
         self.batch_size, self.accumulate, self.workers, self.seed = batch_size, accumulate, workers, seed
         self.max_length, self.on_overlong, self.on_bad_row = max_length, on_overlong, on_bad_row
+        self.on_one_sided, self.think = on_one_sided, think_format(think)
         self.bucket_by_length = bucket_by_length
         self.tokenizer_name = tokenizer
         self.rows: dict[str, datasets.Dataset] = {}
@@ -182,13 +200,29 @@ class PairData(L.LightningDataModule):
     def _load(self) -> dict[str, datasets.Dataset]:
         self.tokenizer = load_tokenizer(self.tokenizer_name)
         module: Any = self.trainer.lightning_module if self.trainer else None
-        anchors = module is not None and module.mixing.anchor == "marginal"
-        options = RowOptions(anchors, self.on_bad_row, self.max_length, self.on_overlong, self.workers)
+        options = self.row_options(anchors=module is not None and module.mixing.anchor == "marginal")
         return {
-            name: tokenize_rows(load_rows(source), self.tokenizer, source, options=options)
+            name: tokenize_rows(self.read(source), self.tokenizer, source, options)
             for name, source in self.sources.items()
             if source is not None
         }
+
+    def read(self, source: str) -> datasets.Dataset:
+        """A source's rows, not yet checked."""
+        return load_rows(source, one_sided=self.on_one_sided == "keep")
+
+    def row_options(self, anchors: bool) -> RowOptions:
+        """What is done with rows; `anchors` where the marginal anchor is asked for."""
+        return RowOptions(
+            anchors=anchors,
+            on_bad_row=self.on_bad_row,
+            max_length=self.max_length,
+            on_overlong=self.on_overlong,
+            workers=self.workers,
+            think=self.think,
+            stops=stop_tokens(self.tokenizer_name, self.tokenizer),
+            on_one_sided=self.on_one_sided,
+        )
 
     @property
     def pad_token_id(self) -> int:
@@ -209,6 +243,7 @@ class PairData(L.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             ranks=trainer.world_size if trainer else 1,
             lengths=lengths,
+            pairs=_pairs_of(rows) if self.on_one_sided == "keep" else None,
         )
 
     def train_dataloader(self) -> PairLoader:
@@ -218,7 +253,18 @@ class PairData(L.LightningDataModule):
         if "validation" not in self.rows:
             return []
         rows = self.rows["validation"]
-        return [PairLoader(Microbatches(rows, self.pad_token_id), _InOrder(len(rows), self.batch_size), self.workers)]
+        return [
+            PairLoader(
+                Microbatches(rows, self.pad_token_id),
+                _InOrder(len(rows), self.batch_size, pairs=_pairs_of(rows)),
+                self.workers,
+            )
+        ]
+
+
+def _pairs_of(rows: datasets.Dataset) -> list[tuple[bool, bool]]:
+    """Whether each tokenized row has a trace pair and an empty-trace pair."""
+    return [(lengths[0] > 0, lengths[2] > 0) for lengths in rows["lengths"][:]]
 
 
 class _InOrder(StepSampler):
@@ -227,4 +273,4 @@ class _InOrder(StepSampler):
     def _epoch(self) -> Iterator[Microbatch]:
         for first in range(0, self.rows, self.batch_size):
             rows = list(range(first, min(first + self.batch_size, self.rows)))
-            yield Microbatch(rows, len(rows), closes_step=True)
+            yield Microbatch(rows, self.count_pairs(rows), closes_step=True)

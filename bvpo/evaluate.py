@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bvpo.errors import UserError
+from bvpo.generation import Decoding, generate
 from bvpo.pairs import encode_prompt
-from bvpo.policy import load_tokenizer
-from bvpo.sample import Decoding, generate
+from bvpo.policy import load_tokenizer, stop_tokens
 from bvpo.tasks import Question, draw_questions, is_correct
-from bvpo.traces import MODES, Mode, answer_of, render_prompt
+from bvpo.traces import MODES, QWEN3, Mode, ThinkFormat, answer_of, render_prompt
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,23 @@ def answer_questions(
     seed: int = 0,
     batch_size: int = 256,
     progress: str | None = None,
+    think: ThinkFormat = QWEN3,
+    stops: Sequence[str] = (),
 ) -> Accuracy:
-    """One sampled response a question, checked exactly."""
-    prompts = [
-        encode_prompt(tokenizer, render_prompt(tokenizer, [{"role": "user", "content": q.instruction}], mode))
-        for q in questions
-    ]
-    eos = cast(int, tokenizer.eos_token_id)
+    """One sampled response a question, checked exactly.
+
+    Args:
+        stops: The texts that end a response; () takes the tokenizer's EOS alone.
+    """
+    conversations = ([{"role": "user", "content": question.instruction}] for question in questions)
+    prompts = [encode_prompt(tokenizer, render_prompt(tokenizer, c, mode, think)) for c in conversations]
+    ends = tokenizer.convert_tokens_to_ids(list(stops) or [str(tokenizer.eos_token)])
     completions = generate(
         model,
         prompts,
         [seed * len(questions) + index for index in range(len(questions))],
         decoding,
-        eos_token_ids=[eos],
+        eos_token_ids=cast(list[int], ends),
         batch_size=batch_size,
         progress=progress,
     )
@@ -75,7 +80,7 @@ def answer_questions(
     for question, completion in zip(questions, completions, strict=True):
         finished = completion.finish_reason == "stop"
         text = tokenizer.decode(completion.token_ids[:-1] if finished else completion.token_ids)
-        answer = answer_of(cast(str, text), mode) if finished else None
+        answer = answer_of(cast(str, text), mode, think) if finished else None
         correct.append(float(answer is not None and is_correct(question, answer)))
     truncated = sum(c.finish_reason == "length" for c in completions) / len(completions)
     return Accuracy(torch.tensor(correct, dtype=torch.float64), truncated)
@@ -127,6 +132,7 @@ class TaskAccuracy(L.Callback):
                 lacks = "chat template" if not tokenizer.chat_template else "EOS token"
                 rank_zero_warn(f"{module.policy_name}: accuracy is not measured: the tokenizer has no {lacks}")
             return {}
+        think = getattr(cast(Any, trainer).datamodule, "think", QWEN3)
         results = {
             mode: answer_questions(
                 module.policy,
@@ -137,6 +143,8 @@ class TaskAccuracy(L.Callback):
                 self.seed,
                 self.batch_size,
                 progress=f"{len(self.questions)} held-out questions, {mode}, {when}",
+                think=think,
+                stops=stop_tokens(module.policy_name, tokenizer),
             )
             for mode in MODES
         }

@@ -19,7 +19,7 @@ from scipy.stats import t as student_t
 from torch import Tensor
 
 from bvpo.errors import UserError
-from bvpo.moments import ANCHOR, EMPTY, TRACE, GradientMoments, GradientStatistics
+from bvpo.moments import ANCHOR, EMPTY, TRACE, GradientMoments
 
 Number = float | Tensor
 Anchor = Literal["trace", "marginal"]
@@ -93,7 +93,11 @@ def _ratio(
 
 @dataclass(frozen=True)
 class ErrorTerms:
-    """What the error of g_c is made of: the first six arguments of `optimal_alpha`, each (K,) or a number."""
+    """What the error of g_c is made of: the first six arguments of `optimal_alpha`, each (K,) or a number.
+
+    The variances are those of a row that has both pairs or, where some rows have one only, what they count for in a
+    batch of such rows: trΣ_ab times `GradientMoments.overlap`.
+    """
 
     trace_bias_sq: Tensor
     empty_bias_sq: Tensor
@@ -103,9 +107,14 @@ class ErrorTerms:
     covariance: Tensor
 
     @classmethod
-    def from_statistics(cls, statistics: GradientStatistics, anchor: Anchor) -> ErrorTerms:
-        """Biases against the anchor: `trace` takes μ ≈ E g_t (b_t = 0), `marginal` the anchor gradients' mean."""
-        inner, covariance = statistics.inner, statistics.covariance
+    def from_moments(cls, moments: GradientMoments, anchor: Anchor, keep: Tensor | None = None) -> ErrorTerms:
+        """Biases against the anchor: `trace` takes μ ≈ E g_t (b_t = 0), `marginal` the anchor gradients' mean.
+
+        `keep` is a (K, M) indicator of the units that each of K estimates is made from.
+        """
+        statistics, overlap = moments.statistics(keep), moments.overlap[..., None]
+        inner = statistics.inner
+        covariance = torch.where(overlap > 0, statistics.covariance * overlap, 0.0)
         mu = TRACE if anchor == "trace" else ANCHOR
         return cls(
             statistics.distance_sq(TRACE, mu),
@@ -201,7 +210,7 @@ def estimate_alpha(moments: GradientMoments, batch_size: float, anchor: Anchor =
 
 
 def _ratios(moments: GradientMoments, keep: Tensor | None, batch_size: float, anchor: Anchor) -> tuple[Tensor, Tensor]:
-    terms = ErrorTerms.from_statistics(moments.statistics(keep), anchor)
+    terms = ErrorTerms.from_moments(moments, anchor, keep)
     numerator, curvature = _ratio(*terms.values(), torch.tensor(batch_size, dtype=torch.float64))
     return numerator / curvature, curvature
 

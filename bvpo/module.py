@@ -29,13 +29,13 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from bvpo.anchor import draw_two, marginal_coefficients
+from bvpo.batches import BRANCHES, AnchorBatch, Branch, PairBatch, SequenceBatch
 from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.gradients import GradientMixer, Group, layer_groups, single_group
 from bvpo.losses import DPO, PreferenceLoss
 from bvpo.mixing import Fixed, MixingPolicy
 from bvpo.monitor import GradientMonitor
-from bvpo.pairs import BRANCHES, AnchorBatch, Branch, PairBatch, SequenceBatch
 from bvpo.policy import LiveReference, Reference, completion_logps, load_policy, resolve_model, sequence_logps
 from bvpo.records import StepRecord, branch_metrics, gradient_metrics
 
@@ -181,19 +181,22 @@ class BVPO(L.LightningModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         if self._step is None:
-            self._step = StepRecord(self._weights())
+            self._step = StepRecord(self._weights(batch))
         step, alphas = self._step, self._step.weights
         self._backward(step, "trace", batch.trace, alphas)
         self._backward(step, "empty", batch.empty, [1 - alpha for alpha in alphas])
         if self.monitor is not None and self.monitor.measures_anchor(self.global_step):
             self._measure_anchor(step, batch)
-        step.prompts.append(batch.prompts)
+        step.add_rows(batch)
         if batch.closes_step:
             self._optimize(step)
             self._step = None
 
-    def _weights(self) -> list[float]:
-        """α of each parameter group, from past steps only."""
+    def _weights(self, batch: PairBatch) -> list[float]:
+        """α of each parameter group, from past steps only. Where a step has no pair of one estimator, the other one's
+        gradient is all there is."""
+        if not (batch.trace.step_pairs and batch.empty.step_pairs):
+            return [float(batch.trace.step_pairs > 0)] * len(self.gradients.groups)
         if self.monitor is not None:
             return self.monitor.weights(self.global_step)
         return [self.mixing.weight(self.global_step, None)] * len(self.gradients.groups)
@@ -204,11 +207,12 @@ class BVPO(L.LightningModule):
         if not any(weights) and self.monitor is None:
             return
         with self.gradients.collecting(weights) as sketch:
-            policy, reference = sequence_logps(self.policy, sequences), self.reference.logps(sequences)
-            losses = self.loss(policy, reference)  # (B,)
-            self.manual_backward(losses.sum() / sequences.step_pairs)
-        step.add(branch_metrics(branch, losses.detach(), policy, reference, self.loss.beta), sequences)
-        step.add_sketch(branch, sketch, sequences.pairs, sequences.step_pairs)
+            if sequences.pairs:
+                policy, reference = sequence_logps(self.policy, sequences), self.reference.logps(sequences)
+                losses = self.loss(policy, reference)  # (B,)
+                self.manual_backward(losses.sum() / sequences.step_pairs)
+                step.add(branch_metrics(branch, losses.detach(), policy, reference, self.loss.beta), sequences)
+        step.add_sketch(branch, sketch, sequences)
 
     def _measure_anchor(self, step: StepRecord, batch: PairBatch) -> None:
         """The marginal loss's gradient on one microbatch, sketched and not mixed in.
@@ -217,7 +221,10 @@ class BVPO(L.LightningModule):
         without a graph; then as many sequences as a branch has are taken through the model at a time.
         """
         anchors, width = batch.anchors, len(batch.trace.lengths)
-        assert self.reference is not None and anchors is not None
+        assert self.reference is not None
+        if anchors is None:  # no row of this microbatch has a trace pair
+            step.sketches["anchor"].append(torch.zeros_like(step.sketches["trace"][-1]))
+            return
         parts = [slice(first, first + width) for first in range(0, len(anchors.completion), width)]
         sequences = [anchors.sequences.part(part) for part in parts]
         with torch.no_grad():
@@ -229,7 +236,7 @@ class BVPO(L.LightningModule):
             for part, index in zip(sequences, parts, strict=True):
                 logps = completion_logps(self.policy, part)
                 self.manual_backward((logps * coefficients[index].to(logps)).sum() / batch.trace.step_pairs)
-        step.add_sketch("anchor", sketch, batch.trace.pairs, batch.trace.step_pairs)
+        step.add_sketch("anchor", sketch, batch.trace)
         step.qualities.append(quality)
         self._measure_conditional_variance(step, anchors, reference - proposal, width)
 
@@ -309,6 +316,8 @@ class BVPO(L.LightningModule):
         assert self.reference is not None
         for branch in BRANCHES:
             sequences = cast(SequenceBatch, getattr(batch, branch))
+            if not sequences.pairs:
+                continue
             policy, reference = sequence_logps(self.policy, sequences), self.reference.logps(sequences)
             sums = branch_metrics(branch, self.loss(policy, reference), policy, reference, self.loss.beta)
             means = {f"validation/{name}": value / sequences.pairs for name, value in sums.items()}

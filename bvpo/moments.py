@@ -5,7 +5,8 @@ of prompts. With m_a = E g_a and Σ_ab the covariance of one row's gradients, fo
 
     E⟨g_a,i , g_b,j⟩ = ⟨m_a, m_b⟩            E⟨g_a,i , g_b,i⟩ = ⟨m_a, m_b⟩ + trΣ_ab / n_i
 
-so both sides are means over entries of the Gram matrix: U-statistics, unbiased, and possibly negative.
+(where the estimators average over n_a and n_b rows with n_ab in common, trΣ_ab · n_ab / (n_a n_b)), so both sides are
+means over entries of the Gram matrix: U-statistics, unbiased, and possibly negative.
 
 Shapes: M units, E estimators (trace, empty, and the anchor where there is one), D numbers a gradient or its sketch,
 K jackknife replicates, R rows a unit.
@@ -20,9 +21,7 @@ import torch
 from torch import Tensor
 
 TRACE, EMPTY, ANCHOR = 0, 1, 2
-RUN = (
-    4096  # an fp32 sum of so many products is right to about 1e-6, and a float64 copy of the window costs more than it
-)
+RUN = 4096  # an fp32 sum of so many products is right to about 1e-6; a float64 copy of the window costs more than it
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,14 @@ class GradientMoments:
     Attributes:
         vectors: (E, M, D) gradients of the units, or their sketches.
         gram: (E, E, M, M) float64 inner products.
-        rows: (M,) float64 rows that each unit averages over.
+        counts: (E, E, M) float64 rows of each unit: n_ab, that both estimators average over; n_a on the diagonal.
         prompts: (M, R) int64 prompt keys, −1 where a unit has fewer; None where all units have prompts of their own.
         steps: (M,) int64 optimizer step of each unit: the jackknife leaves out a step at a time.
     """
 
     vectors: Tensor
     gram: Tensor
-    rows: Tensor
+    counts: Tensor
     prompts: Tensor | None
     steps: Tensor
 
@@ -58,7 +57,8 @@ class GradientMoments:
         Args:
             trace, empty: Mean gradients over each unit's rows.
             anchor: Unbiased estimates of the marginal gradient μ on the same units.
-            rows: (M,) rows a unit; without it a unit counts as one row, and variances are per unit.
+            rows: (M,) rows a unit; without it a unit counts as one row, and variances are per unit. (E, E, M) where the
+                estimators average over different rows: see `counts`.
             prompts: (M, R) keys of the units' prompts; products of units that share one are left out.
             steps: (M,) optimizer step of each unit; without it each unit is a step of its own.
 
@@ -75,7 +75,7 @@ class GradientMoments:
         return cls(
             vectors,
             inner_products(vectors, vectors).cpu(),
-            torch.ones(units, dtype=torch.float64) if rows is None else torch.as_tensor(rows, dtype=torch.float64),
+            _counts(rows, len(kinds), units),
             prompts,
             torch.arange(units) if steps is None else steps,
         )
@@ -91,13 +91,13 @@ class GradientMoments:
             self,
             vectors=torch.cat([self.vectors, other.vectors], 1),
             gram=torch.cat([upper, lower], -2),
-            rows=torch.cat([self.rows, other.rows]),
+            counts=torch.cat([self.counts, other.counts], -1),
             prompts=_join_prompts(self, other),
             steps=torch.cat([self.steps, other.steps]),
         )
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.steps)
 
     @property
     def has_anchor(self) -> bool:
@@ -121,15 +121,27 @@ class GradientMoments:
         pairs = len(self) * (len(self) - 1)
         return 1.0 - float(self.independent.sum()) / pairs if pairs else 0.0
 
+    @property
+    def overlap(self) -> Tensor:
+        """(E, E) N n_ab / (n_a n_b) over the window's N rows: what trΣ_ab / B becomes in a batch of B such rows.
+
+        1 where every row has both pairs; 0 where the estimators have no row in common.
+        """
+        own = self.counts.sum(-1)
+        either = own[TRACE, TRACE] + own[EMPTY, EMPTY] - own[TRACE, EMPTY]
+        return either * own / torch.outer(own.diagonal(), own.diagonal())
+
     def statistics(self, keep: Tensor | None = None) -> GradientStatistics:
         """The U-statistics of all units, or of K subsets at once: `keep` is a (K, M) indicator."""
         keep = torch.ones(1, len(self), dtype=torch.float64) if keep is None else keep
-        weight = self.rows[:, None] * self.rows * self.independent
-        total = torch.einsum("km,mn,kn->k", keep, weight, keep)
+        own = self.counts.diagonal().T  # (E, M) n_a
+        weight = own[:, None, :, None] * own[:, None, :] * self.independent  # (E, E, M, M)
+        total = torch.einsum("km,abmn,kn->abk", keep, weight, keep)
         inner = torch.einsum("km,abmn,kn->abk", keep, weight * self.gram, keep) / total
-        scaled = self.rows * self.gram.diagonal(dim1=-2, dim2=-1)  # (E, E, M): n_i ⟨g_a,i , g_b,i⟩
-        count = keep.sum(-1)
-        covariance = (scaled @ keep.T) / count - inner * ((keep @ self.rows) / count)
+        shares = self.counts > 0
+        scale = own[:, None] * own / torch.where(shares, self.counts, torch.inf)  # (E, E, M): n_a n_b / n_ab
+        scaled = scale * self.gram.diagonal(dim1=-2, dim2=-1)
+        covariance = (scaled @ keep.T - inner * (scale @ keep.T)) / (shares.double() @ keep.T)
         return GradientStatistics(inner, covariance)
 
     def leave_one_step_out(self) -> Tensor:
@@ -143,7 +155,8 @@ class GradientStatistics:
 
     Attributes:
         inner: (E, E, K) ⟨E g_a, E g_b⟩.
-        covariance: (E, E, K) trΣ_ab per row: the covariance of one row's gradients, summed over parameters.
+        covariance: (E, E, K) trΣ_ab per row: the covariance of one row's gradients, summed over parameters; NaN where
+            no row has both.
     """
 
     inner: Tensor
@@ -161,6 +174,12 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
     for x, y in zip(rows.split(RUN, -1), columns.split(RUN, -1), strict=True):
         total += x @ y.T
     return total.view(*a.shape[:2], *b.shape[:2]).permute(0, 2, 1, 3)
+
+
+def _counts(rows: Tensor | None, estimators: int, units: int) -> Tensor:
+    """(E, E, M) from the rows a unit."""
+    counts = torch.ones(units) if rows is None else torch.as_tensor(rows)
+    return counts.double().expand(estimators, estimators, units).clone()
 
 
 def _join_prompts(a: GradientMoments, b: GradientMoments) -> Tensor | None:

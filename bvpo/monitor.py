@@ -26,19 +26,27 @@ LARGEST_HALF_DIFFERENCE = 1.0  # nats between the log-marginals of disjoint halv
 
 @dataclass(frozen=True)
 class Units:
-    """Mean gradients of a step's units: (E, U, D) of trace, empty and perhaps anchor; rows (U,), prompt keys (U, R)."""
+    """Mean gradients of a step's units.
+
+    Attributes:
+        gradients: (E, U, D) of trace, empty and perhaps the anchor.
+        counts: (E, E, U) float64 rows that two estimators have in common; each one's own on the diagonal.
+        prompts: (U, R) keys.
+    """
 
     gradients: Tensor
-    rows: Tensor
+    counts: Tensor
     prompts: Tensor
 
     def merged(self) -> Units:
         """The whole step as one unit."""
-        return Units(self.batch_mean()[:, None], self.rows.sum(0, keepdim=True), self.prompts.reshape(1, -1))
+        return Units(self.batch_mean()[:, None], self.counts.sum(-1, keepdim=True), self.prompts.reshape(1, -1))
 
     def batch_mean(self) -> Tensor:
         """The optimizer batch's gradients, (E, D)."""
-        return torch.einsum("u,eud->ed", (self.rows / self.rows.sum()).to(self.gradients), self.gradients)
+        rows = self.counts.diagonal().T  # (E, U)
+        share = rows / rows.sum(-1, keepdim=True).clamp(min=1)
+        return torch.einsum("eu,eud->ed", share.to(self.gradients), self.gradients)
 
 
 class GradientMonitor(nn.Module):
@@ -83,7 +91,7 @@ class GradientMonitor(nn.Module):
 
     def update(self, units: Units, step: int, quality: AnchorQuality | None = None) -> dict[str, float]:
         """Take in the units of an optimizer step and estimate α anew; the anchor's log values."""
-        self.window.update(units.gradients[:2], units.rows, units.prompts, step)
+        self.window.update(units.gradients[:2], units.counts[:2, :2], units.prompts, step)
         if quality is None or self.anchored is None:
             if not self._refusal:  # until the next good anchor
                 self.estimate_alpha()
@@ -97,7 +105,7 @@ class GradientMonitor(nn.Module):
             rank_zero_warn(f"step {step}: the marginal anchor is refused ({self.refused} so far): {reason}")
             self._forget()
         else:
-            self.anchored.update(units.gradients, units.rows, units.prompts, step)
+            self.anchored.update(units.gradients, units.counts, units.prompts, step)
             self.estimate_alpha()
         metrics = {"anchor/effective_size": size, "anchor/half_difference": difference}
         return {**metrics, "anchor/refused": float(self.refused)}
@@ -142,7 +150,7 @@ class GradientMonitor(nn.Module):
     def _error_metrics(self, weights: Sequence[float]) -> dict[str, float]:
         anchor, rows = self.mixing.anchor, self.batch_rows
         blocks = self._moments[1:] or self._moments
-        parts = [ErrorTerms.from_statistics(moments.statistics(), anchor).values() for moments in blocks]
+        parts = [ErrorTerms.from_moments(moments, anchor).values() for moments in blocks]
         whole = [sum(terms) for terms in zip(*parts, strict=True)]
 
         def error(alphas: Sequence[float]) -> float:

@@ -14,11 +14,18 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from bvpo.batches import SequenceBatch
 from bvpo.errors import UserError
 from bvpo.losses import PairLogps, token_logps
-from bvpo.pairs import SequenceBatch
 
 BUILTIN = {"builtin:tiny_reasoner": Path(__file__).parent / "assets" / "tiny_reasoner"}
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
@@ -53,6 +60,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(resolve_model(name)))
     except (OSError, ValueError) as error:
         raise _cannot_load(name, "tokenizer", error) from error
+
+
+def stop_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The texts that end a model's completions: the tokenizer's EOS, then those of the generation config."""
+    stops = [tokenizer.eos_token_id]
+    try:
+        ids = GenerationConfig.from_pretrained(resolve_model(name)).eos_token_id or []
+        stops += ids if isinstance(ids, list) else [ids]
+    except (OSError, ValueError):  # a model need not have one
+        pass
+    texts = tokenizer.convert_ids_to_tokens([cast(int, token) for token in stops if token is not None])
+    return tuple(dict.fromkeys(text for text in texts if text))
 
 
 def load_policy(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

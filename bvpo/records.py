@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bvpo.anchor import AnchorQuality
+from bvpo.batches import Branch, PairBatch, SequenceBatch
 from bvpo.losses import PairLogps, reward_margin
 from bvpo.monitor import Units
-from bvpo.pairs import Branch, SequenceBatch
 
 
 @torch.no_grad()
@@ -46,6 +46,7 @@ class StepRecord:
     sums: dict[str, Tensor] = field(default_factory=lambda: defaultdict(lambda: torch.tensor(0.0)))
     sketches: dict[str, list[Tensor]] = field(default_factory=lambda: {"trace": [], "empty": [], "anchor": []})
     prompts: list[Tensor] = field(default_factory=list)
+    counts: list[tuple[int, int, int]] = field(default_factory=list)
     qualities: list[AnchorQuality] = field(default_factory=list)
     conditional: list[tuple[Tensor, int]] = field(default_factory=list)
     tokens: Tensor | int = 0
@@ -57,10 +58,15 @@ class StepRecord:
             self.sums[name] = self.sums[name].to(value) + value / sequences.step_pairs
         self.tokens = self.tokens + sequences.lengths.sum()
 
-    def add_sketch(self, estimator: str, sketch: Tensor | None, pairs: int, step_pairs: int) -> None:
+    def add_rows(self, batch: PairBatch) -> None:
+        """A microbatch's prompts, and how many of its rows each estimator averages over."""
+        self.prompts.append(batch.prompts)
+        self.counts.append(batch.counts)
+
+    def add_sketch(self, estimator: str, sketch: Tensor | None, sequences: SequenceBatch) -> None:
         """The sketch of a microbatch's share of the step's gradient, kept as that of its own mean gradient."""
         if sketch is not None:
-            self.sketches[estimator].append(sketch * (step_pairs / pairs))
+            self.sketches[estimator].append(sketch * (sequences.step_pairs / max(sequences.pairs, 1)))
 
     def add_conditional_variance(self, variance: Tensor, rows: int) -> None:
         """Of one pair's trace gradient over its traces, given the answers; estimated from `rows` rows."""
@@ -88,7 +94,7 @@ class StepRecord:
         prompts = torch.nn.utils.rnn.pad_sequence(self.prompts, batch_first=True, padding_value=-1)
         return Units(
             torch.stack([torch.stack(sketches) for sketches in self.sketches.values() if sketches]),
-            torch.tensor([len(keys) for keys in self.prompts], dtype=torch.float64, device=prompts.device),
+            unit_counts(self.counts, sum(map(bool, self.sketches.values()))).to(prompts.device),
             prompts,
         )
 
@@ -103,6 +109,13 @@ class StepRecord:
             means["anchor/conditional_rows"] = torch.tensor(float(rows))
         means["tokens_per_second"] = torch.as_tensor(self.tokens / (time.perf_counter() - self.started))
         return means
+
+
+def unit_counts(counts: list[tuple[int, int, int]], estimators: int) -> Tensor:
+    """(E, E, U) float64 from each unit's B_t, B_e and B_te; the anchor's rows are those of the trace pairs."""
+    trace, empty, both = torch.tensor(counts, dtype=torch.float64).T
+    table = [[trace, both, trace], [both, empty, both], [trace, both, trace]]
+    return torch.stack([torch.stack(row[:estimators]) for row in table[:estimators]])
 
 
 def gradient_metrics(units: Units) -> dict[str, Tensor]:

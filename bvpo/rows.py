@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
@@ -17,8 +17,9 @@ import datasets
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from bvpo.batches import BRANCHES, PREFIX, Branch
 from bvpo.errors import UserError
-from bvpo.traces import QWEN3, ThinkFormat, render_prompt, split
+from bvpo.traces import QWEN3, ThinkFormat, own_stops, render_prompt, split
 
 BUILTIN = {"builtin:tiny_reasoner": Path(__file__).parent / "assets" / "tiny_reasoner_pairs.parquet"}
 TEXT_COLUMNS = ("prompt", "chosen", "rejected", "empty_prompt", "empty_chosen", "empty_rejected")
@@ -52,8 +53,11 @@ STRUCTURE = {
 # ---------------------------------------------------------------------- reading
 
 
-def load_rows(source: str) -> datasets.Dataset:
+def load_rows(source: str, one_sided: bool = False) -> datasets.Dataset:
     """The rows of a JSON, JSON Lines or Parquet file, a built-in set, or a Hub data set (its `train` split).
+
+    Args:
+        one_sided: Whether the columns of one branch may be absent.
 
     Raises:
         UserError: The source does not exist, cannot be read, is empty, or lacks a column.
@@ -84,7 +88,7 @@ def load_rows(source: str) -> datasets.Dataset:
         raise UserError(f"{source}: cannot be read as {kind}: {_first_line(root)}") from error
     if len(rows) == 0:
         raise UserError(f"{source}: no rows; expected one row a prompt")
-    _check_columns(rows, source)
+    _check_columns(rows, source, one_sided)
     return rows
 
 
@@ -198,14 +202,16 @@ def _describe(value: Any) -> str:
     return "nothing" if value in (None, "", []) else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
-def _check_columns(rows: datasets.Dataset, source: str) -> None:
+def _check_columns(rows: datasets.Dataset, source: str, one_sided: bool) -> None:
     """Raises UserError, saying what the file seems to be and what it lacks."""
     columns = [name for name in rows.column_names if name != PROBLEM]
-    conversational = "chosen" in columns and not isinstance(rows.features["chosen"], datasets.Value)
+    conversational = any(name in columns and not isinstance(rows.features[name], datasets.Value) for name in COMPLETIONS)
+    pairs = [prefix for prefix in PREFIX.values() if {f"{prefix}chosen", f"{prefix}rejected"} <= set(columns)]
+    prompts = [f"{prefix}prompt" in columns for prefix in pairs]
+    if len(pairs) >= (1 if one_sided else 2) and (conversational or all(prompts) or not any(prompts)):
+        return
     rendered = {"prompt", "empty_prompt"} if conversational else set()
     missing = [name for name in TEXT_COLUMNS if name not in columns and name not in rendered]
-    if not missing:
-        return
     hint = f"A row needs {', '.join(TEXT_COLUMNS)}"
     if {"chosen", "rejected"} <= set(columns):
         best = "best and worst of all_generated_responses by all_rm_scores" if "all_rm_scores" in columns else "TRL"
@@ -214,9 +220,7 @@ def _check_columns(rows: datasets.Dataset, source: str) -> None:
             f"These are {shape} preference rows ({best}) with one pair a prompt. BVPO needs two: answer the same "
             "prompts with thinking disabled, score the answers, and add the best and the worst as empty_chosen and "
             "empty_rejected" + ("" if conversational else ", with empty_prompt, the prompt that they answer")
-        )
-        if not conversational and "prompt" not in columns:
-            hint += "; a prompt inside of chosen and rejected must become the column prompt"
+        ) + "; or set on_one_sided to keep, and train on one estimator"
     raise UserError(f"{source}: no column {', '.join(missing)}; it has {', '.join(columns) or 'none of them'}. {hint}")
 
 
@@ -224,22 +228,28 @@ def _check_columns(rows: datasets.Dataset, source: str) -> None:
 
 
 def to_text(
-    row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, think: ThinkFormat = QWEN3
+    row: Mapping[str, Any],
+    where: str,
+    tokenizer: PreTrainedTokenizerBase,
+    think: ThinkFormat = QWEN3,
+    stops: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A row whose six columns are text: message lists, as TRL and SimPO write them, are rendered.
 
     Prompts go through the chat template. Completions never do, it may cut the trace: a completion is the message's
-    `reasoning_content` between the tags, its content as it stands, and the EOS.
+    `reasoning_content` between the tags, its content as it stands, and the EOS, the first of `stops`. A row of text
+    without prompts has them inside its completions. The columns of a pair that the row does not have are None.
 
     Raises:
         UserError: The messages are no prompt with one answer.
     """
     if row.get(PROBLEM):
         raise UserError(f"{where}: {row[PROBLEM]}")
-    text = dict(row)
-    if not isinstance(row["chosen"], list):
-        return text
-    answers = {name: row[name] for name in COMPLETIONS if isinstance(row[name], list)}
+    text = dict.fromkeys(TEXT_COLUMNS) | dict(row)
+    answers = {name: row[name] for name in COMPLETIONS if isinstance(row.get(name), list)}
+    if not answers:
+        return _with_prompts(row, where, think)
+    eos = next(iter(stops or own_stops(tokenizer)), "")
     for name, messages in answers.items():
         if not _are_messages(messages) or messages[-1]["role"] != "assistant":
             found = _describe(messages)
@@ -250,11 +260,57 @@ def to_text(
         if not isinstance(row.get("empty_prompt"), str):
             text["empty_prompt"] = render_prompt(tokenizer, conversation, "no_thinking", think)
         for name, messages in answers.items():
-            prompt = text["empty_prompt" if name.startswith("empty_") else "prompt"]
-            text[name] = completion_text(messages[-1], prompt, str(tokenizer.eos_token or ""), think)
+            prompt = str(text["empty_prompt" if name.startswith("empty_") else "prompt"])
+            text[name] = completion_text(messages[-1], prompt, eos, think)
     except (ValueError, TemplateError) as error:
         raise UserError(f"{where}: {_first_line(error)}") from error
     return text
+
+
+def prefixes_without_prompt(row: Mapping[str, Any]) -> list[str]:
+    """Prefixes of the pairs whose prompts are inside chosen and rejected, TRL's implicit form: there is no column."""
+    return [
+        prefix
+        for prefix in PREFIX.values()
+        if isinstance(row.get(f"{prefix}chosen"), str) and f"{prefix}prompt" not in row
+    ]
+
+
+def _with_prompts(row: Mapping[str, Any], where: str, think: ThinkFormat) -> dict[str, Any]:
+    """Text whose pairs have prompts: those without are cut out of chosen and rejected."""
+    text = dict.fromkeys(TEXT_COLUMNS) | dict(row)
+    for prefix in prefixes_without_prompt(row):
+        names = f"{prefix}prompt", f"{prefix}chosen", f"{prefix}rejected"
+        chosen, rejected = text[names[1]] or "", text[names[2]] or ""
+        prompt = shared_prompt(chosen, rejected, think, closed=bool(prefix))
+        if not prompt and chosen and rejected:
+            raise UserError(
+                f"{where}: no field {names[0]}, and {names[1]} and {names[2]} do not start with a prompt that they "
+                "share; give one"
+            )
+        text |= {names[0]: prompt, names[1]: chosen[len(prompt) :], names[2]: rejected[len(prompt) :]}
+    return text
+
+
+def shared_prompt(chosen: str, rejected: str, think: ThinkFormat, closed: bool) -> str:
+    """The prompt that two texts start with.
+
+    It ends where the think block begins, or with the tag where the format's prompt opens it; behind the block where
+    that is `closed`, as in an empty-trace pair. Texts without a think block share a prompt up to the last white space
+    before they differ.
+    """
+    end = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    shared = chosen[: min(len(chosen), len(rejected)) if end is None else end]
+    if closed:
+        before, block, _ = shared.rpartition(think.empty)
+        if block:
+            return before + block
+    before, tag, after = shared.rpartition(think.open)
+    if tag and think.prompt_opens:
+        return before + tag + after[: len(after) - len(after.lstrip())]
+    if tag:
+        return before
+    return shared[: max((i + 1 for i, letter in enumerate(shared) if letter.isspace()), default=0)]
 
 
 def _are_messages(value: list[Any]) -> bool:
@@ -305,31 +361,63 @@ def completion_text(message: Mapping[str, Any], prompt: str, eos: str, think: Th
 # ---------------------------------------------------------------------- checking
 
 
-def check_row(row: Mapping[str, Any], where: str, eos: str = "", think: ThinkFormat = QWEN3) -> None:
-    """Raises UserError, naming file, row and field, where a row of text is no pair of pairs."""
-    for name in TEXT_COLUMNS:
-        if not isinstance(text := row.get(name), str) or not text:
-            raise UserError(f"{where}: field {name}: expected text, found {_describe(text)}")
-    for name in COMPLETIONS:
-        prompt = row["empty_prompt" if name.startswith("empty_") else "prompt"]
-        if problem := _completion_problem(prompt, row[name], eos, think):
-            raise UserError(f"{where}: field {name}: {problem}")
-        if name.startswith("empty_") and (trace := _trace(prompt, row[name], think).strip()):
-            raise UserError(f"{where}: field {name}: expected an answer without a trace, found {_describe(trace)}")
-    for chosen, rejected in (("chosen", "rejected"), ("empty_chosen", "empty_rejected")):
-        if row[chosen] == row[rejected]:
-            raise UserError(f"{where}: {chosen} equals {rejected}: a pair needs two different completions")
+def check_row(
+    row: Mapping[str, Any],
+    where: str,
+    stops: Sequence[str] = (),
+    think: ThinkFormat = QWEN3,
+    one_sided: bool = False,
+) -> None:
+    """Raises UserError, naming file, row and field, where a row of text is no pair of pairs.
+
+    Args:
+        stops: The texts that may end a completion.
+        one_sided: Whether a row may be without one of its pairs.
+    """
+    present = [branch for branch in BRANCHES if not one_sided or _is_there(row, branch)]
+    if not present:
+        raise UserError(f"{where}: expected a trace pair or an empty-trace pair, found neither")
+    for branch in present:
+        _check_pair(row, branch, where, stops, think)
     for name in ("trace_candidates", "empty_candidates", "anchor_traces"):
         try:
             conform(row.get(name), OPTIONAL_COLUMNS[name])
         except ValueError as error:
             raise UserError(f"{where}: field {name}: expected {STRUCTURE[name]}, found {error}") from error
-    _check_candidates(row, where, eos, think)
+    for branch in present:
+        _check_candidates(row, branch, where, stops, think)
+    for anchor in row.get("anchor_traces") or []:
+        logprob = anchor.get("logprob")
+        if not isinstance(anchor.get("trace"), str) or logprob is None or not math.isfinite(logprob):
+            raise UserError(f"{where}: field anchor_traces: expected a trace and a finite logprob each, found {anchor}")
 
 
-def _completion_problem(prompt: str, completion: str, eos: str, think: ThinkFormat) -> str | None:
+def _is_there(row: Mapping[str, Any], branch: Branch) -> bool:
+    return any(row.get(f"{PREFIX[branch]}{side}") for side in ("chosen", "rejected"))
+
+
+def _check_pair(row: Mapping[str, Any], branch: Branch, where: str, stops: Sequence[str], think: ThinkFormat) -> None:
+    prompt, chosen, rejected = (PREFIX[branch] + name for name in ("prompt", "chosen", "rejected"))
+    for name in (prompt, chosen, rejected):
+        if not isinstance(text := row.get(name), str) or not text:
+            raise UserError(f"{where}: field {name}: expected text, found {_describe(text)}")
+    for name in (chosen, rejected):
+        if problem := _completion_problem(row[prompt], row[name], stops, think):
+            raise UserError(f"{where}: field {name}: {problem}")
+        if branch == "empty" and (trace := _trace(row[prompt], row[name], think).strip()):
+            raise UserError(f"{where}: field {name}: expected an answer without a trace, found {_describe(trace)}")
+    if row[chosen] == row[rejected]:
+        raise UserError(f"{where}: {chosen} equals {rejected}: a pair needs two different completions")
+
+
+def without_stop(text: str, stops: Sequence[str]) -> str:
+    """A completion without the stop token that it may end in."""
+    return text.removesuffix(next((stop for stop in stops if text.endswith(stop)), ""))
+
+
+def _completion_problem(prompt: str, completion: str, stops: Sequence[str], think: ThinkFormat) -> str | None:
     """What makes a completion unfit to be trained on. Think tags matter where a think block is opened only."""
-    body = completion.removesuffix(eos)
+    body = without_stop(completion, stops)
     if not body.strip():
         return "expected text before the EOS, found nothing but whitespace"
     opened, opens = prompt.rstrip().endswith(think.open), body.lstrip().startswith(think.open)
@@ -350,29 +438,26 @@ def _trace(prompt: str, completion: str, think: ThinkFormat) -> str:
     return split(completion.lstrip(), think).trace if opened else ""
 
 
-def _check_candidates(row: Mapping[str, Any], where: str, eos: str, think: ThinkFormat) -> None:
-    """Where a row holds the candidates of its pair: neither side was cut off, and chosen scores above rejected."""
-    for prefix, column in (("", "trace_candidates"), ("empty_", "empty_candidates")):
-        scores = []
-        for side in ("chosen", "rejected"):
-            name, body = prefix + side, row[prefix + side].removesuffix(eos)
-            own = split(body, think)
-            trace, answer = ("", body) if prefix else (own.trace, own.answer)
-            matches = [
-                candidate
-                for candidate in row.get(column) or []
-                if (candidate.get("trace") or "").strip() == trace.strip()
-                and (candidate.get("answer") or "").strip() == answer.strip()
-            ]
-            if matches and all(candidate.get("finish_reason") == "length" for candidate in matches):
-                raise UserError(f"{where}: field {name}: its candidate was cut off (finish_reason = length)")
-            scores.append([c["score"] for c in matches if c.get("score") is not None])
-        if all(scores) and not max(scores[0]) > min(scores[1]):
-            raise UserError(
-                f"{where}: {prefix}chosen does not score above {prefix}rejected ({max(scores[0])} and "
-                f"{min(scores[1])} in {column}): a tie is no pair"
-            )
-    for anchor in row.get("anchor_traces") or []:
-        logprob = anchor.get("logprob")
-        if not isinstance(anchor.get("trace"), str) or logprob is None or not math.isfinite(logprob):
-            raise UserError(f"{where}: field anchor_traces: expected a trace and a finite logprob each, found {anchor}")
+def _check_candidates(
+    row: Mapping[str, Any], branch: Branch, where: str, stops: Sequence[str], think: ThinkFormat
+) -> None:
+    """Where a row holds the candidates of a pair: neither side was cut off, and chosen scores above rejected."""
+    prefix, column, scores = PREFIX[branch], f"{branch}_candidates", []
+    for name in (f"{prefix}chosen", f"{prefix}rejected"):
+        body = without_stop(row[name], stops)
+        own = split(body, think)
+        trace, answer = ("", body) if prefix else (own.trace, own.answer)
+        matches = [
+            candidate
+            for candidate in row.get(column) or []
+            if (candidate.get("trace") or "").strip() == trace.strip()
+            and (candidate.get("answer") or "").strip() == answer.strip()
+        ]
+        if matches and all(candidate.get("finish_reason") == "length" for candidate in matches):
+            raise UserError(f"{where}: field {name}: its candidate was cut off (finish_reason = length)")
+        scores.append([c["score"] for c in matches if c.get("score") is not None])
+    if all(scores) and not max(scores[0]) > min(scores[1]):
+        raise UserError(
+            f"{where}: {prefix}chosen does not score above {prefix}rejected ({max(scores[0])} and {min(scores[1])} in "
+            f"{column}): a tie is no pair"
+        )

@@ -212,6 +212,11 @@ def _cut_block(prompt: str, think: ThinkFormat) -> tuple[str, str]:
     return (head, tag + tail) if tag and not tail.replace(think.close, "", 1).strip() else (prompt, "")
 
 
+def own_stops(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The text that ends a completion as far as the tokenizer knows: its EOS, or () where it has none."""
+    return (str(tokenizer.eos_token),) if tokenizer.eos_token else ()
+
+
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether generation starts from BOS: as the chat template has it or, without one, as the tokenizer does."""
     if tokenizer.bos_token is None:

@@ -32,7 +32,7 @@ class GradientWindow(Metric):
     full_state_update = False
     vectors: Tensor  # (E, C, D)
     grams: Tensor  # (G, E, E, C, C)
-    rows: Tensor  # (C,)
+    counts: Tensor  # (E, E, C)
     prompts: Tensor  # (C, R)
     steps: Tensor  # (C,)
     seen: Tensor  # ()
@@ -47,7 +47,7 @@ class GradientWindow(Metric):
         self.cuts = [slice(*ends) for ends in pairwise([0, *accumulate(widths)])]
         self._keep("vectors", torch.zeros(estimators, capacity, sum(widths), dtype=dtype))
         self._keep("grams", torch.zeros(len(widths), estimators, estimators, capacity, capacity, dtype=torch.float64))
-        self._keep("rows", torch.zeros(capacity, dtype=torch.float64))
+        self._keep("counts", torch.zeros(estimators, estimators, capacity, dtype=torch.float64))
         self._keep("prompts", torch.full((capacity, 1), -1))
         self._keep("steps", torch.full((capacity,), -1))
         self._keep("seen", torch.tensor(0))
@@ -63,8 +63,8 @@ class GradientWindow(Metric):
 
         return super()._apply(move, exclude_state)
 
-    def update(self, gradients: Tensor, rows: Tensor, prompts: Tensor, step: int) -> None:
-        """Add the units of one optimizer step: (E, U, D) gradients, (U,) rows, (U, R) prompt keys."""
+    def update(self, gradients: Tensor, counts: Tensor, prompts: Tensor, step: int) -> None:
+        """Add the units of one optimizer step: (E, U, D) gradients, (E, E, U) or (U,) rows, (U, R) prompt keys."""
         new = gradients[:, -self.capacity :].to(self.vectors)
         units = new.shape[1]
         slots = (int(self.seen) + torch.arange(units, device=new.device)) % self.capacity
@@ -73,7 +73,7 @@ class GradientWindow(Metric):
             products = inner_products(new[..., cut], self.vectors[..., cut]).to(gram)
             gram[:, :, slots, :] = products
             gram[:, :, :, slots] = products.permute(1, 0, 3, 2)
-        self.rows[slots] = rows[-units:].to(self.rows)
+        self.counts[:, :, slots] = counts[..., -units:].to(self.counts)
         self.prompts = pad_columns(self.prompts, prompts.shape[1])
         self.prompts[slots] = pad_columns(prompts[-units:].to(self.prompts), self.prompts.shape[1])
         self.steps[slots] = step
@@ -92,7 +92,7 @@ class GradientWindow(Metric):
         return GradientMoments(
             self.vectors[:, :units, cut],
             gram[:, :, :units, :units].cpu(),
-            self.rows[:units].cpu(),
+            self.counts[:, :, :units].cpu(),
             self.prompts[:units].cpu(),
             self.steps[:units].cpu(),
         )

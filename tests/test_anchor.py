@@ -14,13 +14,14 @@ from scipy.stats import chisquare
 from transformers import PreTrainedTokenizerFast
 
 from bvpo.anchor import anchor_quality, draw_two, marginal_coefficients, marginal_logps
+from bvpo.batches import collate
 from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.losses import DPO, PairLogps, SimPO
 from bvpo.mixing import Fixed, Optimal
 from bvpo.module import BVPO
 from bvpo.monitor import refusal
-from bvpo.pairs import collate, tokenize_anchors, tokenize_row
+from bvpo.pairs import tokenize_anchors, tokenize_row
 from bvpo.policy import completion_logps, load_policy, sequence_logps
 from bvpo.records import StepRecord
 from bvpo.traces import split

@@ -12,9 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "bvpo"
 LAYERS = [  # a file imports from the lines above its own only
     ["errors", "tasks"],
-    ["losses", "gradients", "moments", "traces"],
-    ["rows"],
-    ["anchor", "mixing", "pairs", "sample", "window"],
+    ["batches", "losses", "gradients", "moments", "traces"],
+    ["rows", "selection"],
+    ["anchor", "generation", "mixing", "pairs", "window"],
     ["monitor", "oracle", "policy"],
     ["data", "evaluate", "records"],
     ["module"],

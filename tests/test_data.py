@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from bvpo.batches import collate
 from bvpo.data import Microbatch, Microbatches, PairData, PairLoader, StepSampler
 from bvpo.errors import UserError
-from bvpo.pairs import TEXT_COLUMNS, collate, encode_prompt, load_rows, prompt_key, tokenize_row, tokenize_rows
+from bvpo.pairs import TEXT_COLUMNS, encode_prompt, load_rows, prompt_key, tokenize_row, tokenize_rows
 from tests.conftest import EOS, make_rows, write_rows
 
 
@@ -64,7 +65,7 @@ def test_an_epoch_takes_every_row_once_whatever_the_split() -> None:
         for microbatch in microbatches:
             steps[-1] += microbatch.rows
             if microbatch.closes_step:
-                assert microbatch.step_pairs == len(steps[-1])
+                assert microbatch.step_pairs == (len(steps[-1]), len(steps[-1]))
                 steps.append([])
         orders.append([sorted(step) for step in steps[:-1]])
         assert Counter(row for step in steps for row in step) == Counter(range(30))
@@ -145,7 +146,7 @@ def test_overlong_rows_are_refused_or_dropped_and_counted(llama_folder: Path, tm
 
 def test_microbatches_look_rows_up(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = datasets.Dataset.from_list([tokenize_row(row, tokenizer) for row in make_rows(4)])
-    batch = Microbatches(rows, 0)[Microbatch([2, 0], step_pairs=8, closes_step=False)]
+    batch = Microbatches(rows, 0)[Microbatch([2, 0], step_pairs=(8, 8), closes_step=False)]
     assert batch.prompts.tolist() == [prompt_key("p2"), prompt_key("p0")]
     assert (batch.trace.step_pairs, batch.empty.step_pairs, batch.closes_step) == (8, 8, False)
     assert torch.equal(batch.trace.lengths > batch.trace.prompt_lengths, torch.ones(4, dtype=torch.bool))

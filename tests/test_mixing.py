@@ -72,7 +72,7 @@ def test_the_estimate_on_three_gradients_by_hand() -> None:
     trace = torch.tensor([[3.0, 0.0], [0.0, 3.0], [3.0, 3.0]])
     empty = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 3.0]])
     moments = GradientMoments.from_gradients(trace, empty)
-    terms = ErrorTerms.from_statistics(moments.statistics(), "trace")
+    terms = ErrorTerms.from_moments(moments, "trace")
     assert [float(t) for t in terms.values()] == pytest.approx([0.0, 0.0, 0.0, 6.0, 3.0, 1.5])
     assert estimate_alpha(moments, 1).value == pytest.approx(0.25)
     assert estimate_alpha(moments, 16).value == pytest.approx(0.25)

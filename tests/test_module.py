@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bvpo.batches import PairBatch
 from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.losses import DPO
 from bvpo.mixing import AlphaEstimate, Fixed, MixingPolicy, Optimal, mean_squared_error, optimal_alpha
 from bvpo.module import BVPO, learning_rate_scale
-from bvpo.pairs import PairBatch
 from bvpo.policy import LiveReference, sequence_logps
 from tests.conftest import make_rows, write_rows
 
@@ -63,13 +63,20 @@ def train(llama_folder: Path, tmp_path: Path) -> Callable[..., tuple[BVPO, Obser
         steps: int = 5,
         precision: Any = "32-true",
         naive: bool = False,
+        data_options: dict[str, Any] | None = None,
         **options: Any,
     ) -> tuple[BVPO, Observer]:
         source = write_rows(tmp_path / f"rows_{len(list(tmp_path.iterdir()))}.jsonl", rows)
         observer = Observer(naive)
         defaults = {"learning_rate": 1e-3, "beta": 0.5, "clip": 0.0, "accumulate": accumulate}
         module = BVPO(policy=str(llama_folder), **{**defaults, **options})
-        data = PairData(str(source), batch_size=batch_size, accumulate=accumulate, tokenizer=str(llama_folder))
+        data = PairData(
+            str(source),
+            batch_size=batch_size,
+            accumulate=accumulate,
+            tokenizer=str(llama_folder),
+            **(data_options or {}),
+        )
         L.Trainer(
             max_steps=steps,
             accelerator="cpu",
@@ -153,6 +160,33 @@ def test_statistics_equal_a_naive_computation_from_stored_gradients(train: Train
     assert last["mixing/mse_ratio"] >= 1
     assert module.monitor is not None and module.monitor.estimate is not None
     assert module.monitor.estimate.standard_error is not None
+
+
+def one_sided(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every five rows, the second has no empty-trace pair and the fourth no trace pair."""
+    without = {1: ("empty_chosen", "empty_rejected"), 3: ("prompt", "chosen", "rejected")}
+    return [{k: v for k, v in row.items() if k not in without.get(i % 5, ())} for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(10, 1), (5, 2), (1, 10)])
+def test_each_estimator_averages_over_its_own_rows(train: Train, batch_size: int, accumulate: int) -> None:
+    """10 rows: 6 pairs of pairs, 2 without an empty-trace pair, 2 without a trace pair, whatever the microbatches."""
+    rows, keep = one_sided(make_rows(10)), {"on_one_sided": "keep"}
+    _, seen = train(rows, batch_size, accumulate, steps=1, data_options=keep, mixing=Fixed(0.3), beta=0.5)
+    parts = [
+        train([row for row in make_rows(10) if row["prompt_id"] in ids], 8, steps=1, mixing=Fixed(alpha))[1].mixed[0]
+        for alpha, name in ((1.0, "chosen"), (0.0, "empty_chosen"))
+        for ids in [{row["prompt_id"] for row in rows if name in row}]
+    ]
+    assert relative(seen.mixed[0], 0.3 * parts[0] + 0.7 * parts[1]) < 1e-5
+
+
+def test_a_step_without_rows_of_one_estimator_takes_the_other(train: Train) -> None:
+    rows = [{k: v for k, v in row.items() if not k.startswith("empty_")} for row in make_rows(8)]
+    _, seen = train(rows, 4, 2, steps=1, data_options={"on_one_sided": "keep"}, mixing=Fixed(0.3))
+    _, alone = train(make_rows(8), 4, 2, steps=1, mixing=Fixed(1.0))
+    assert seen.metrics[0]["mixing/alpha"] == 1.0 and relative(seen.mixed[0], alone.mixed[0]) < 1e-5
+    assert "mixing/alpha_estimate" not in seen.metrics[0] and "loss/empty" not in seen.metrics[0]
 
 
 def test_a_weight_uses_only_the_past(train: Train) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bvpo.mixing import mean_squared_error
 from bvpo.moments import EMPTY, TRACE, GradientMoments
 from bvpo.window import GradientWindow
 
@@ -44,6 +45,37 @@ def test_unequal_units_are_unbiased() -> None:
         assert abs(float(values.mean()) - truth) < 4 * float(values.std()) / len(values) ** 0.5
 
 
+def test_estimators_over_different_rows_are_unbiased() -> None:
+    """Units of 6 rows, of which each estimator has its own: over 4,000 windows the means are those of one row.
+
+    Row gradients are (z + 1, z/2 + e) with z, e standard normal in 3 dimensions: trΣ_t = 3, trΣ_e = 3.75,
+    trΣ_te = 1.5, ⟨m_t, m_t⟩ = 3. And the error of a mixture over fresh units is what `mean_squared_error` says.
+    """
+    generator = torch.Generator().manual_seed(2)
+    has_trace = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]]).double()
+    has_empty = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]).double()
+    both = (has_trace * has_empty).sum(-1)
+    counts = torch.stack([torch.stack([has_trace.sum(-1), both]), torch.stack([both, has_empty.sum(-1)])])
+    found, means = [], []
+    for _ in range(4_000):
+        z, e = torch.randn(2, 4, 6, 3, generator=generator, dtype=torch.float64)
+        trace = ((z + 1) * has_trace[..., None]).sum(1) / has_trace.sum(-1, keepdim=True)
+        empty = ((z / 2 + e) * has_empty[..., None]).sum(1) / has_empty.sum(-1, keepdim=True)
+        moments = GradientMoments.from_gradients(trace, empty, rows=counts)
+        statistics = moments.statistics()
+        found.append(torch.cat([statistics.covariance.flatten()[[0, 3, 1]], statistics.inner.flatten()[[0]]]))
+        weight = counts.diagonal().permute(1, 0) / counts.diagonal().sum(0)[:, None]  # the four units as one batch
+        means.append(0.3 * (weight[0] @ trace) + 0.7 * (weight[1] @ empty))
+    values = torch.stack(found)
+    error = values.std(0) / len(values) ** 0.5
+    assert bool(((values.mean(0) - torch.tensor([3.0, 3.75, 1.5, 3.0])).abs() < 4 * error).all())
+    spread = (torch.stack(means) - 0.3).square().sum(1)  # E of the mixture is 0.3 in each dimension
+    overlap = moments.overlap
+    terms = 3.0 * overlap[0, 0], 3.75 * overlap[1, 1], 1.5 * overlap[0, 1]
+    predicted = mean_squared_error(0.3, 0.0, 0.0, 0.0, *terms, 24)  # 24 rows have one of the pairs or both
+    assert abs(float(spread.mean() - predicted)) < 4 * float(spread.std()) / len(spread) ** 0.5
+
+
 def test_units_that_share_a_prompt_are_never_multiplied() -> None:
     trace, empty = gradients(4)
     prompts = torch.tensor([[1, 2], [3, 4], [5, 1], [7, -1]])  # units 0 and 2 share prompt 1; −1 is padding
@@ -77,7 +109,7 @@ def test_the_window_keeps_the_last_units_and_their_gram_matrix() -> None:
     order = held.prompts[:, 0].argsort()  # type: ignore[index]  # the ring starts anywhere
     last = GradientMoments.from_gradients(trace[5:], empty[5:], rows=torch.full((6,), 2))
     assert torch.allclose(held.gram[:, :, order][..., order], last.gram, rtol=1e-12)
-    assert held.steps[order].tolist() == [1, 1, 1, 2, 2, 2] and held.rows.tolist() == [2] * 6
+    assert held.steps[order].tolist() == [1, 1, 1, 2, 2, 2] and held.counts[0, 0].tolist() == [2] * 6
     assert torch.allclose(window.compute(), last.statistics().covariance[..., 0], rtol=1e-12)
 
 

@@ -33,12 +33,13 @@ from transformers import (
     Qwen3Config,
 )
 
+from bvpo.batches import BRANCHES, SequenceBatch, collate
 from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.losses import DPO, PairLogps, SimPO
 from bvpo.mixing import Fixed
 from bvpo.module import BVPO
-from bvpo.pairs import BRANCHES, SequenceBatch, collate, tokenize_row
+from bvpo.pairs import tokenize_row
 from bvpo.policy import LiveReference, load_policy, load_tokenizer, resolve_model, sequence_logps
 from tests.conftest import make_rows
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from transformers import PreTrainedTokenizerFast
 from bvpo import fit, pairs
 from bvpo.data import PairData
 from bvpo.errors import UserError
-from bvpo.pairs import RowOptions, load_rows, tokenize_rows
-from bvpo.rows import completion_text, to_text
+from bvpo.pairs import load_rows, tokenize_rows
+from bvpo.rows import completion_text, shared_prompt, to_text
+from bvpo.selection import SEQUENCES, RowOptions
 from bvpo.traces import QWEN3, Response, join, split
 from tests.conftest import EOS, make_rows, write_rows
 
@@ -171,7 +174,17 @@ REFUSED: dict[
     "TRL, implicit prompt": (
         "a.jsonl",
         lines({"chosen": "w1 w2", "rejected": "w1 w3"}),
-        "must become the column prompt",
+        "set on_one_sided to keep",
+    ),
+    "an implicit prompt beside an explicit one": (
+        "a.jsonl",
+        without("empty_prompt"),
+        "no column empty_prompt",
+    ),
+    "nothing in common": (
+        "a.jsonl",
+        lines(dict.fromkeys(("chosen", "empty_chosen"), "w1 w2") | dict.fromkeys(("rejected", "empty_rejected"), "w3")),
+        "row 1: no field prompt, and chosen and rejected do not start with a prompt",
     ),
     "TRL, conversational": (
         "a.jsonl",
@@ -318,7 +331,7 @@ def test_traces_are_cut_at_their_end(tokenizer: PreTrainedTokenizerFast, tmp_pat
     text = tokenizer.decode(cut["chosen"], clean_up_tokenization_spaces=False)
     assert text.startswith("<think> w3 w3") and text.endswith(f"</think> w1{EOS}") and cut["length"] == 80
     with pytest.raises(UserError, match=r"row 2: field chosen: truncate_trace cannot bring trace chosen to 80 tokens"):
-        tokenize_rows(load_rows(source), tokenizer, source, options=RowOptions(False, "error", 80, "truncate_trace"))
+        tokenize_rows(load_rows(source), tokenizer, source, RowOptions(max_length=80, on_overlong="truncate_trace"))
 
 
 def test_bos_stays_when_a_prompt_is_cut(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -330,13 +343,110 @@ def test_bos_stays_when_a_prompt_is_cut(tokenizer: PreTrainedTokenizerFast) -> N
     bos = adding.bos_token_id
     adding.backend_tokenizer.post_processor = TemplateProcessing(single="w0 $A", special_tokens=[("w0", bos)])
     row = {**make_rows(1)[0], "prompt": "w1 w2 w3 w4 ", "chosen": f"w5{EOS}", "rejected": f"w6{EOS}"}
-    done = pairs.prepare_row(row, 0, adding, "a", False, 7, "truncate_prompt")
+    options = RowOptions(stops=(EOS,))
+    cut = replace(options, max_length=7, on_overlong="truncate_prompt")
+    done = pairs.prepare_row(row, 0, adding, "a", cut)
     assert done["problem"] is not None  # the empty-trace pair is longer by its prompt's fixed block
     row |= {"empty_prompt": "w1 ", "empty_chosen": f"w5{EOS}", "empty_rejected": f"w6{EOS}"}
-    done = pairs.prepare_row(row, 0, adding, "a", False, 7, "truncate_prompt")
+    done = pairs.prepare_row(row, 0, adding, "a", cut)
     assert done["problem"] is None and adding.decode(done["prompt"]) == "w0w3 w4 "
-    doubled = pairs.prepare_row({**row, "prompt": "w1 w0"}, 0, adding, "a", False, None, "")
+    doubled = pairs.prepare_row({**row, "prompt": "w1 w0"}, 0, adding, "a", options)
     assert "field prompt: w0 stands inside (token 4 of 4)" in doubled["problem"]
+
+
+# ---------------------------------------------------------------------- one pair a row, implicit prompts, stop tokens
+
+
+def test_rows_with_one_pair_are_refused_or_kept_and_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = make_rows(4)
+    rows[1] = {k: v for k, v in rows[1].items() if not k.startswith("empty_")}
+    rows[2] = {**rows[2], "chosen": None, "rejected": None}
+    source = str(write_rows(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(UserError, match=r"row 2: field empty_prompt: expected text, found nothing \(2 of 4 rows"):
+        tokenize_rows(load_rows(source), tokenizer, source)
+    with pytest.warns(UserWarning, match="1 of 4 rows .the first is row") as shown:
+        kept = tokenize_rows(load_rows(source), tokenizer, source, RowOptions(on_one_sided="keep"))
+    assert "(the first is row 3) have no trace pair" in str(shown[0].message)
+    assert "(the first is row 2) have no empty-trace pair" in str(shown[1].message)
+    assert [bool(row["chosen"]) for row in kept] == [True, True, False, True]
+    assert [bool(row["empty_chosen"]) for row in kept] == [True, False, True, True]
+    rows[3] = {"prompt_id": "p3", "prompt": "w1 "}
+    rows[0] = {**rows[0], "rejected": ""}
+    source = str(write_rows(tmp_path / "worse.jsonl", rows))
+    with pytest.warns(UserWarning, match="dropped 2 of 4 rows") as shown:
+        tokenize_rows(load_rows(source), tokenizer, source, RowOptions(on_one_sided="keep", on_bad_row="drop"))
+    reasons = str(shown[0].message)
+    assert "field rejected: expected text (row 1)" in reasons and "expected a trace pair or an" in reasons
+
+
+def test_a_file_with_one_branch_trains_by_option(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = [{k: v for k, v in row.items() if not k.startswith("empty_")} for row in make_rows(3)]
+    source = str(write_rows(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(UserError, match="set on_one_sided to keep"):
+        load_rows(source)
+    kept = tokenize_rows(load_rows(source, one_sided=True), tokenizer, source, RowOptions(on_one_sided="keep"))
+    assert len(kept) == 3 and kept["empty_prompt"][0] == []
+
+
+OPENS = replace(QWEN3, prompt_opens=True)
+IMPLICIT = {
+    "the model opens the block": (QWEN3, "w1 w2 ", "<think> w3 w4 </think> w5", "<think> w3 w5 </think> w5"),
+    "the prompt opens the block": (OPENS, "w1 <think>\n", "w3 w4 </think> w5", "w3 w5 </think> w5"),
+    "no block": (QWEN3, "w1 w2 ", "w3 w4", "w11 w4"),
+    "one continues the other": (QWEN3, "w1 w2 ", "w3", "w3 w4"),
+}
+
+
+@pytest.mark.parametrize("case", IMPLICIT)
+def test_an_implicit_prompt_ends_where_the_think_block_begins(case: str, tmp_path: Path) -> None:
+    think, prompt, chosen, rejected = IMPLICIT[case]
+    assert shared_prompt(prompt + chosen, prompt + rejected, think, closed=False) == prompt
+
+
+def test_rows_with_implicit_prompts_are_the_explicit_ones(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """As TRL reads them; an empty-trace pair's prompt ends behind the closed block."""
+    explicit = [{**row, "empty_prompt": row["prompt"] + QWEN3.empty} for row in make_rows(5)]
+    implicit = [
+        {"prompt_id": row["prompt_id"]} | {side: row[prompt] + row[side] for prompt, side in SEQUENCES.values()}
+        for row in explicit
+    ]
+    one, two = (str(write_rows(tmp_path / f"{k}.jsonl", rows)) for k, rows in enumerate((explicit, implicit)))
+    expected = tokenize_rows(load_rows(one), tokenizer, one)
+    with pytest.warns(UserWarning, match="5 of 5 rows .the first is row 1. have no prompt of their own"):
+        found = tokenize_rows(load_rows(two), tokenizer, two)
+    assert found[:] == expected[:]
+
+
+def test_a_completion_may_end_in_any_stop_token(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A generation config may name several: `w39` stands for the second one here."""
+    row = make_rows(1)[0]
+    row = {**row, "chosen": row["chosen"].removesuffix(EOS).replace("w39", "w0") + " w39"}
+    source = str(write_rows(tmp_path / "rows.jsonl", [row]))
+    with pytest.warns(UserWarning, match="without the tokenizer's EOS at its end"):
+        tokenize_rows(load_rows(source), tokenizer, source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = tokenize_rows(load_rows(source), tokenizer, source, RowOptions(stops=(EOS, "w39")))
+    assert tokenizer.decode(rows[0]["chosen"]).endswith("w39")
+    row = {**row, "rejected": f"w1 w39 w2{EOS}"}
+    source = str(write_rows(tmp_path / "inside.jsonl", [row]))
+    with pytest.raises(UserError, match="the EOS w39 comes before the end"):
+        tokenize_rows(load_rows(source), tokenizer, source, RowOptions(stops=(EOS, "w39")))
+
+
+def test_anchor_sequences_count_as_sequences(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    anchor = {"trace": " " + "w1 " * 50, "logprob": -3.0}
+    rows = [{**make_rows(1)[0], "anchor_traces": [anchor, {**anchor, "trace": " w2 "}]}]
+    source = str(write_rows(tmp_path / "rows.jsonl", rows))
+    options = RowOptions(anchors=True, max_length=80)
+    with pytest.raises(UserError, match=r"longest sequence has 1\d\d tokens, max_length is 80 .*anchor 1\)"):
+        tokenize_rows(load_rows(source), tokenizer, source, options)
+    with pytest.raises(UserError, match="field anchor_traces: one has"):
+        tokenize_rows(load_rows(source), tokenizer, source, replace(options, on_overlong="truncate_trace"))
+    rows.append({**make_rows(2)[1], "anchor_traces": None})
+    source = str(write_rows(tmp_path / "mixed.jsonl", rows))
+    with pytest.raises(UserError, match="row 2: field anchor_traces: expected traces, as in other rows"):
+        tokenize_rows(load_rows(source), tokenizer, source, RowOptions(anchors=True))
 
 
 # ---------------------------------------------------------------------- conversations

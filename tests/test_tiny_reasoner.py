@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bvpo
-from bvpo.sample import Decoding, generate
+from bvpo.generation import Decoding, generate
 from bvpo.tasks import TASKS, Question, answer_sentence, draw_questions, is_correct, split_of, work_on
 from bvpo.traces import MODES, Mode, answer_of, render_prompt, template_fingerprint
 

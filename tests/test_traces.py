@@ -16,8 +16,9 @@ from jsonargparse import ArgumentParser
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from bvpo.batches import BRANCHES, collate
 from bvpo.errors import UserError
-from bvpo.pairs import BRANCHES, collate, encode_prompt, tokenize_row
+from bvpo.pairs import encode_prompt, tokenize_row
 from bvpo.policy import load_tokenizer
 from bvpo.traces import (
     FORMATS,

@@ -22,11 +22,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
+from bvpo.batches import BRANCHES, Branch, PairBatch, SequenceBatch, collate
 from bvpo.data import PairData
 from bvpo.losses import DPO, reward_margin
 from bvpo.mixing import Fixed
 from bvpo.module import BVPO
-from bvpo.pairs import BRANCHES, Branch, PairBatch, SequenceBatch, collate, load_rows, tokenize_row
+from bvpo.pairs import load_rows, tokenize_row
 from bvpo.policy import sequence_logps
 from tests.conftest import make_rows, write_rows
 

@@ -30,7 +30,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from bvpo.sample import Decoding, generate
+from bvpo.generation import Decoding, generate
 from bvpo.tasks import Question, Work, answer_sentence, draw_questions, is_correct, work_on
 from bvpo.traces import MODES, Conversation, Mode, answer_of, render_prompt, split, template_fingerprint
 

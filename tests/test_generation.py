@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from transformers import PreTrainedModel
 
 from bvpo.policy import load_policy
-from bvpo.sample import Decoding, generate
+from bvpo.generation import Decoding, generate
 
 
 @pytest.fixture(scope="module")
