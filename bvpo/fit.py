@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.module import BVPO, check_trainer
 from bvpo.report import StepProgress, print_report
-from bvpo.runs import checkpoint_step, claim_version, find_checkpoint, run_loggers
+from bvpo.runs import checkpoint_step, claim_version, find_checkpoint, quiet_lightning, run_loggers
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs",
@@ -87,24 +85,6 @@ class FitCLI(LightningCLI):
             self.trainer.loggers = run_loggers(self.root, version, resumed_at)
         path = None if self.checkpoint is None else str(self.checkpoint)
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
-
-
-def quiet_lightning() -> None:
-    """Hide what says nothing about the run: hardware tips, and warnings that are other packages' to mend."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # lengths are ours to check
-    for message in (
-        r"[\s\S]*was deprecated in v4\.49",  # jsonargparse, called by LightningCLI
-        r"[\s\S]*JsonargparseDeprecationWarning",
-        r".*treespec, LeafSpec",  # torch, called by Lightning
-        r"LightningCLI's args parameter",  # `main` is given its arguments by tests and notebooks
-        r"Experiment logs directory .* exists",  # claimed by this process; a resumed run's rows are kept
-        r"Total length of `list` across ranks is zero",  # no validation rows
-        r"The '.*_dataloader' does not have many workers",  # rows are tokenized beforehand
-        r"You defined a `validation_step` but have no",
-    ):
-        warnings.filterwarnings("ignore", message)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,83 +1,92 @@
-"""Sampling from a model: prompts in token ids → completions in token ids.
+"""Sampling from a model: prompts in token ids → completions in token ids, with the log-probability of each.
 
-Each response has a seed of its own: its random numbers are drawn before generation starts and do not depend on the
-batch, its order or its size. `transformers` does the generating (KV cache, left padding, stopping); the sampling itself
-is inverse-CDF with one uniform number a token, as a logits processor, because `generate` knows one global seed only.
+Each response has a seed of its own: its random numbers depend on nothing else, not on the batch, its order or its size.
+In float32 on a CPU nor does the response. In 16 bits, logits round otherwise in another batch: now and then a draw
+falls on another token, and the response goes on from there.
+
+`Transformers` runs in this process; `bvpo.backends` has vLLM and servers. Shapes: B places of the batch, L columns of
+the KV cache, V vocabulary, N most new tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+import inspect
+import math
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from bvpo.decoding import Decoding, draw, uniform_numbers
+from bvpo.errors import UserError
+
+SPARSE = 8  # ended rows are dropped, and their places filled, once they are one row in so many
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How responses are drawn.
+class Request:
+    """A prompt in token ids, BOS included where the model wants one, and the seed of the response to it."""
 
-    Args:
-        temperature: Logits are divided by it; 0 takes the most probable token.
-        top_p: Only the smallest set of tokens whose probabilities sum to at least this stays in the draw.
-        max_new_tokens: Responses longer than this are cut and marked `length`.
-    """
-
-    temperature: float = 0.8
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be ≥ 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be ≥ 1, got {self.max_new_tokens}")
+    prompt: Sequence[int]
+    seed: int
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One response: its ids (the EOS included where it was reached) and why it ended."""
+    """One response.
+
+    Attributes:
+        token_ids: The stop token included where it was reached.
+        finish_reason: `stop` after a stop token, `length` at `max_new_tokens`.
+        logprob: log q(token_ids | prompt) in nats, the stop token included, where q is what was really drawn from:
+            temperature and top-p applied and renormalised. At temperature 0 all of q is on one response: 0.
+            None where a back end cannot tell.
+    """
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
+    logprob: float | None = None
 
 
-class SeededSampling(LogitsProcessor):
-    """Leaves one token a row: the one at which the row's cumulative distribution passes its uniform number.
+class Backend(Protocol):
+    """What answers requests."""
 
-    Args:
-        uniforms: (rows, max_new_tokens) numbers in [0, 1).
-        prompt_length: Columns of the (left-padded) prompts, to tell which token is being drawn.
-    """
+    def complete(
+        self, requests: Sequence[Request], decoding: Decoding, stops: Sequence[int]
+    ) -> Iterator[tuple[int, Completion]]:
+        """(index of a request, its completion), as they end, in any order.
 
-    def __init__(self, uniforms: Tensor, prompt_length: int, decoding: Decoding) -> None:
-        self.uniforms, self.prompt_length, self.decoding = uniforms, prompt_length, decoding
+        Args:
+            stops: Ids that end a response; no other token does.
 
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        step = input_ids.shape[1] - self.prompt_length
-        probabilities = (scores.double() / self.decoding.temperature).softmax(-1)  # (rows, V)
-        ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-        cumulative = ordered.cumsum(-1)
-        kept = (cumulative - ordered < self.decoding.top_p).double()
-        cumulative = (ordered * kept).cumsum(-1)
-        target = self.uniforms[:, step : step + 1].to(cumulative) * cumulative[:, -1:]
-        index = torch.searchsorted(cumulative, target, right=True).clamp(max=scores.shape[1] - 1)
-        drawn = tokens.gather(1, index)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+        Raises:
+            UserError: A prompt is empty, or too long for the model; raised by the call, before anything is generated.
+        """
+        ...
 
 
-def uniform_numbers(seed: int, count: int) -> Tensor:
-    """(count,) float64 numbers in [0, 1) that depend on nothing but the seed."""
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def check_requests(requests: Sequence[Request], decoding: Decoding, positions: int | None) -> None:
+    """Raises UserError for an empty prompt, and for one that leaves fewer than `max_new_tokens` of the positions."""
+    for index, request in enumerate(requests):
+        if not len(request.prompt):
+            raise UserError(f"request {index + 1}: the prompt is empty; give at least one token, BOS for instance")
+        needed = len(request.prompt) + decoding.max_new_tokens
+        if positions is not None and needed > positions:
+            raise UserError(
+                f"request {index + 1}: a prompt of {len(request.prompt)} tokens and max_new_tokens "
+                f"{decoding.max_new_tokens} make {needed}, and the model has {positions} positions: shorten the prompt "
+                "or lower max_new_tokens"
+            )
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -88,61 +97,195 @@ def generate(
     batch_size: int = 64,
     progress: str | None = None,
 ) -> list[Completion]:
-    """One completion a prompt, in the order of the prompts.
+    """One completion a prompt by `Transformers`, in the order of the prompts.
 
     Args:
-        prompts: Token ids, BOS included where the model wants one; repeat a prompt to get several responses.
+        prompts: Token ids; repeat a prompt to get several responses.
         seeds: One a prompt.
         eos_token_ids: Ids that end a response.
-        batch_size: Responses generated at once; batches hold prompts of similar length.
+        batch_size: Responses generated at once.
         progress: The progress bar's label; None shows no bar.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
-    was_training = model.training
-    model.eval()
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    requests = [Request(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
     completions: dict[int, Completion] = {}
-    with tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="response", leave=False) as bar:
-        for start in range(0, len(by_length), batch_size):
-            rows = by_length[start : start + batch_size]
-            batch = _generate_batch(
-                model, [prompts[i] for i in rows], [seeds[i] for i in rows], decoding, list(eos_token_ids)
-            )
-            completions.update(zip(rows, batch, strict=True))
-            bar.update(len(rows))
-    model.train(was_training)
-    return [completions[i] for i in range(len(prompts))]
+    with (
+        closing(Transformers(model, batch_size).complete(requests, decoding, eos_token_ids)) as ended,
+        tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="response", leave=False) as bar,
+    ):
+        for index, completion in ended:
+            completions[index] = completion
+            bar.update()
+    return [completions[index] for index in range(len(prompts))]
 
 
-def _generate_batch(
-    model: PreTrainedModel, prompts: list[Sequence[int]], seeds: list[int], decoding: Decoding, eos: list[int]
-) -> list[Completion]:
-    width = max(len(prompt) for prompt in prompts)
-    pad = eos[0]
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    lengths = torch.tensor([len(p) for p in prompts], device=model.device)
-    mask = torch.arange(width, device=model.device) >= (width - lengths)[:, None]
-    processors = LogitsProcessorList()
-    if decoding.temperature > 0:
-        uniforms = torch.stack([uniform_numbers(seed, decoding.max_new_tokens) for seed in seeds])
-        processors.append(SeededSampling(uniforms.to(model.device), width, decoding))
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=decoding.max_new_tokens,
-        eos_token_id=eos,
-        pad_token_id=pad,
-        repetition_penalty=1.0,
-        use_cache=True,
-    )
-    output = cast(Any, model).generate(
-        input_ids=ids, attention_mask=mask.long(), generation_config=config, logits_processor=processors
-    )
-    return [_until_eos(row, set(eos)) for row in output[:, width:].tolist()]
+class Transformers:
+    """A model in this process, on its own device.
+
+    Responses end at different lengths, so ended rows leave the batch and waiting requests take their places. Requests
+    with the same prompt that enter together have it read once. The model is in evaluation mode while completions are
+    taken, and then as it was before, also where the iterator is closed early.
+
+    Args:
+        model: A causal language model whose forward takes `past_key_values`.
+        batch_size: Responses generated at once, B.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch_size: int = 64) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be ≥ 1, got {batch_size}")
+        self.model, self.batch_size = model, batch_size
+        base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model  # inside adapters
+        self._accepted = inspect.signature(base.forward).parameters
+
+    def complete(
+        self, requests: Sequence[Request], decoding: Decoding, stops: Sequence[int]
+    ) -> Generator[tuple[int, Completion]]:
+        """See `Backend`; by and large, short prompts come first."""
+        config = self.model.config.get_text_config()
+        check_requests(requests, decoding, getattr(config, "max_position_embeddings", None))
+        return self._complete(requests, decoding, frozenset(stops))
+
+    def _complete(
+        self, requests: Sequence[Request], decoding: Decoding, stops: frozenset[int]
+    ) -> Generator[tuple[int, Completion]]:
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), tuple(requests[i].prompt)))
+        waiting, batch = deque(order), None
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            while waiting or batch:
+                if batch and SPARSE * sum(row.ended for row in batch.rows) >= len(batch.rows):
+                    batch = batch.kept()
+                places = self.batch_size - len(batch.rows) if batch else self.batch_size
+                if waiting and SPARSE * places >= self.batch_size and (batch is None or batch.takes_more):
+                    indices = [waiting.popleft() for _ in range(min(places, len(waiting)))]
+                    new = self._read(indices, requests, decoding)
+                    batch = batch.joined(new) if batch else new
+                if batch:
+                    yield from self._step(batch, decoding, stops)
+        finally:
+            self.model.train(was_training)
+
+    @torch.no_grad()
+    def _read(self, indices: list[int], requests: Sequence[Request], decoding: Decoding) -> _Batch:
+        """A batch whose cache holds the prompts but for their last tokens, which are pending."""
+        device, prompts = self.model.device, [tuple(requests[index].prompt) for index in indices]
+        distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+        width = max(1, max(map(len, prompts)) - 1)
+        blanks = [width - len(prompt) + 1 for prompt in distinct]
+        ids = [[0] * blank + list(prompt[:-1]) for blank, prompt in zip(blanks, distinct, strict=True)]
+        mask = torch.arange(width, device=device) >= torch.tensor(blanks, device=device)[:, None]
+        cache: Any = DynamicCache(config=self.model.config)
+        self._forward(torch.tensor(ids, device=device), mask.long(), cache)
+        places = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
+        if len(distinct) < len(prompts):
+            cache.reorder_cache(places)
+        count = decoding.max_new_tokens if decoding.temperature > 0 else 1
+        return _Batch(
+            [_Row(index, len(prompt) - 1) for index, prompt in zip(indices, prompts, strict=True)],
+            cache,
+            mask=mask.long()[places],
+            pending=torch.tensor([prompt[-1] for prompt in prompts], device=device),
+            drawn=torch.zeros_like(places),
+            uniforms=torch.stack([uniform_numbers(requests[index].seed, count) for index in indices]).to(device),
+        )
+
+    @torch.no_grad()
+    def _step(self, batch: _Batch, decoding: Decoding, stops: frozenset[int]) -> list[tuple[int, Completion]]:
+        """Draw one token for every row; the completions that end with it."""
+        batch.mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], 1)
+        logits = self._forward(batch.pending[:, None], batch.mask, batch.cache)
+        column = batch.drawn.clamp(max=batch.uniforms.shape[1] - 1)[:, None]
+        batch.pending, logprobs = draw(logits, batch.uniforms.gather(1, column)[:, 0], decoding)
+        batch.drawn = batch.drawn + 1
+        tokens, added = torch.stack([batch.pending.double(), logprobs]).tolist()  # the one wait for a GPU
+        completions = []
+        for row, token, logprob in zip(batch.rows, map(int, tokens), added, strict=True):
+            row.length += 1
+            if row.ended:
+                continue
+            if not math.isfinite(logprob):
+                raise UserError(
+                    f"the logits after {row.length} tokens are not finite: check the model's weights and dtype"
+                )
+            row.token_ids.append(token)
+            row.logprob += logprob
+            row.ended = token in stops or len(row.token_ids) == decoding.max_new_tokens
+            if row.ended:
+                reason: Literal["stop", "length"] = "stop" if token in stops else "length"
+                completions.append((row.index, Completion(row.token_ids, reason, row.logprob)))
+        return completions
+
+    def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        """(B, V) logits after the last of (B, T) ids, which go into the cache; the mask covers it and them."""
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        if "position_ids" in self._accepted:  # other models count the mask themselves
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if "logits_to_keep" in self._accepted:
+            inputs["logits_to_keep"] = 1
+        return cast(Tensor, cast(Any, self.model)(**inputs).logits[:, -1])
 
 
-def _until_eos(ids: list[int], eos: set[int]) -> Completion:
-    for position, token in enumerate(ids):
-        if token in eos:
-            return Completion(ids[: position + 1], "stop")
-    return Completion(ids, "length")
+@dataclass
+class _Row:
+    """A response being written; its place in the list is its place in the tensors."""
+
+    index: int  # of its request
+    length: int  # tokens in the cache
+    token_ids: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    ended: bool = False
+
+
+@dataclass
+class _Batch:
+    """Rows of different ages in one KV cache, aligned at their last tokens: all padding is on the left."""
+
+    rows: list[_Row]
+    cache: Any  # a DynamicCache
+    mask: Tensor  # (B, L): 1 at a row's own tokens
+    pending: Tensor  # (B,) last tokens, not yet in the cache
+    drawn: Tensor  # (B,) how many tokens
+    uniforms: Tensor  # (B, N)
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether rows can be appended: to keys and values they can, recurrent states know no padding."""
+        return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers)
+
+    def kept(self) -> _Batch | None:
+        """The rows that have not ended."""
+        places = [place for place, row in enumerate(self.rows) if not row.ended]
+        if not places:
+            return None
+        index = torch.tensor(places, device=self.mask.device)
+        self.cache.reorder_cache(index)
+        tensors = (self.mask[index], self.pending[index], self.drawn[index], self.uniforms[index])
+        batch = _Batch([self.rows[place] for place in places], self.cache, *tensors)
+        if batch.takes_more:
+            batch.resize(max(row.length for row in batch.rows))
+        return batch
+
+    def joined(self, new: _Batch) -> _Batch:
+        width = max(self.mask.shape[1], new.mask.shape[1])
+        self.resize(width)
+        new.resize(width)
+        for ours, theirs in zip(self.cache.layers, new.cache.layers, strict=True):
+            if ours.is_initialized:  # a layer that shares another's keys holds none
+                ours.keys, ours.values = torch.cat([ours.keys, theirs.keys]), torch.cat([ours.values, theirs.values])
+        names = ("mask", "pending", "drawn", "uniforms")
+        tensors = {name: torch.cat([getattr(self, name), getattr(new, name)]) for name in names}
+        return _Batch(self.rows + new.rows, self.cache, **tensors)
+
+    def resize(self, width: int) -> None:
+        """Pad or cut on the left to L = width."""
+        self.mask = pad(self.mask, (width - self.mask.shape[1], 0))
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                columns = min(width, layer.sliding_window - 1) if layer.is_sliding else width
+                missing = columns - layer.keys.shape[-2]
+                layer.keys, layer.values = pad(layer.keys, (0, 0, missing, 0)), pad(layer.values, (0, 0, missing, 0))
+                if layer.is_sliding:
+                    layer.cumulative_length = width

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -58,8 +59,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a policy. Raises UserError where it cannot be loaded."""
     try:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(resolve_model(name)))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise _cannot_load(name, "tokenizer", error) from error
+
+
+def context_length(name: str) -> int | None:
+    """Positions that a model has, by its configuration; None where that does not say. Raises UserError as others do."""
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(name))
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise _cannot_load(name, "configuration", error) from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def stop_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -68,7 +78,7 @@ def stop_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...
     try:
         ids = GenerationConfig.from_pretrained(resolve_model(name)).eos_token_id or []
         stops += ids if isinstance(ids, list) else [ids]
-    except (OSError, ValueError):  # a model need not have one
+    except (OSError, ValueError, StrictDataclassError):  # a model need not have one
         pass
     texts = tokenizer.convert_ids_to_tokens([cast(int, token) for token in stops if token is not None])
     return tuple(dict.fromkeys(text for text in texts if text))
@@ -82,7 +92,7 @@ def load_policy(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
         model, loading = cast(Any, AutoModelForCausalLM).from_pretrained(
             resolve_model(name), config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
         raise _cannot_load(name, "model", error) from error
     unfilled = sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])])
     if unfilled:  # transformers has filled them with random numbers

@@ -53,6 +53,19 @@ STRUCTURE = {
 # ---------------------------------------------------------------------- reading
 
 
+def read_records(source: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file or a Hub data set as they stand, whatever their columns. Raises UserError as `load_rows`."""
+    path = Path(source)
+    if path.suffix not in (".json", ".jsonl"):
+        yield from _open(source)
+        return
+    _check_file(path, source)
+    for number, value in enumerate(_json_values(path, source), 1):
+        if not isinstance(value, dict):
+            raise UserError(f"{source}, row {number}: expected an object with named fields, found {_describe(value)}")
+        yield value
+
+
 def load_rows(source: str, one_sided: bool = False) -> datasets.Dataset:
     """The rows of a JSON, JSON Lines or Parquet file, a built-in set, or a Hub data set (its `train` split).
 
@@ -62,15 +75,18 @@ def load_rows(source: str, one_sided: bool = False) -> datasets.Dataset:
     Raises:
         UserError: The source does not exist, cannot be read, is empty, or lacks a column.
     """
+    rows = _open(source)
+    if len(rows) == 0:
+        raise UserError(f"{source}: no rows; expected one row a prompt")
+    _check_columns(rows, source, one_sided)
+    return rows
+
+
+def _open(source: str) -> datasets.Dataset:
     path = BUILTIN.get(source, Path(source))
     is_file = path.suffix in (".json", ".jsonl", ".parquet")
     if is_file:
-        if path.is_dir():
-            raise UserError(f"{source}: is a folder; give a JSONL or Parquet file, a Hub id, or {_builtin()}")
-        if not path.is_file():
-            raise UserError(f"{source}: there is no such file; give a JSONL or Parquet file, a Hub id, or {_builtin()}")
-        if path.stat().st_size == 0:
-            raise UserError(f"{source}: the file is empty; expected one row a prompt")
+        _check_file(path, source)
     elif path.exists() or source.startswith(("builtin:", ".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"{source}: not a data set; give a .jsonl or .parquet file, a Hub id, or {_builtin()}")
     kind = ("parquet" if path.suffix == ".parquet" else "JSON") if is_file else source
@@ -86,10 +102,16 @@ def load_rows(source: str, one_sided: bool = False) -> datasets.Dataset:
         if "corresponds to no data" in str(error):
             raise UserError(f"{source}: no rows; expected one row a prompt") from error
         raise UserError(f"{source}: cannot be read as {kind}: {_first_line(root)}") from error
-    if len(rows) == 0:
-        raise UserError(f"{source}: no rows; expected one row a prompt")
-    _check_columns(rows, source, one_sided)
     return rows
+
+
+def _check_file(path: Path, source: str) -> None:
+    if path.is_dir():
+        raise UserError(f"{source}: is a folder; give a JSONL or Parquet file, a Hub id, or {_builtin()}")
+    if not path.is_file():
+        raise UserError(f"{source}: there is no such file; give a JSONL or Parquet file, a Hub id, or {_builtin()}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{source}: the file is empty; expected one row a prompt")
 
 
 def _builtin() -> str:
@@ -205,7 +227,9 @@ def _describe(value: Any) -> str:
 def _check_columns(rows: datasets.Dataset, source: str, one_sided: bool) -> None:
     """Raises UserError, saying what the file seems to be and what it lacks."""
     columns = [name for name in rows.column_names if name != PROBLEM]
-    conversational = any(name in columns and not isinstance(rows.features[name], datasets.Value) for name in COMPLETIONS)
+    conversational = any(
+        name in columns and not isinstance(rows.features[name], datasets.Value) for name in COMPLETIONS
+    )
     pairs = [prefix for prefix in PREFIX.values() if {f"{prefix}chosen", f"{prefix}rejected"} <= set(columns)]
     prompts = [f"{prefix}prompt" in columns for prefix in pairs]
     if len(pairs) >= (1 if one_sided else 2) and (conversational or all(prompts) or not any(prompts)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -79,3 +81,21 @@ def _rows_before(path: Path, step: int) -> list[dict[str, float]]:
     with path.open(newline="") as file:
         rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     return [{**row, "step": int(row["step"])} for row in rows if row["step"] < step]
+
+
+def quiet_lightning() -> None:
+    """Hide what says nothing about the run: hardware tips, and warnings that are other packages' to mend."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # lengths are ours to check
+    for message in (
+        r"[\s\S]*was deprecated in v4\.49",  # jsonargparse, called by LightningCLI
+        r"[\s\S]*JsonargparseDeprecationWarning",
+        r".*treespec, LeafSpec",  # torch, called by Lightning
+        r"LightningCLI's args parameter",  # `main` is given its arguments by tests and notebooks
+        r"Experiment logs directory .* exists",  # claimed by this process; a resumed run's rows are kept
+        r"Total length of `list` across ranks is zero",  # no validation rows
+        r"The '.*_dataloader' does not have many workers",  # rows are tokenized beforehand
+        r"You defined a `validation_step` but have no",
+    ):
+        warnings.filterwarnings("ignore", message)

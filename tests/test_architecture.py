@@ -11,15 +11,16 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bvpo"
 LAYERS = [  # a file imports from the lines above its own only
-    ["errors", "tasks"],
-    ["batches", "losses", "gradients", "moments", "traces"],
-    ["rows", "selection"],
-    ["anchor", "generation", "mixing", "pairs", "window"],
+    ["errors", "math_check", "tasks"],
+    ["armorm", "batches", "decoding", "gradients", "journal", "losses", "moments", "traces"],
+    ["generation", "pairing", "rows", "row_writer", "selection"],
+    ["anchor", "mixing", "pairs", "prompts", "sample_report", "window"],
     ["monitor", "oracle", "policy"],
-    ["data", "evaluate", "records"],
-    ["module"],
+    ["engines", "reward_models"],
+    ["data", "evaluate", "records", "rewards"],
+    ["module", "sampler"],
     ["analysis", "report", "runs"],
-    ["fit"],
+    ["fit", "sample"],
     ["assets.build_tiny_reasoner"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,55 @@
+"""Sample preference pairs from a model: `python -m bvpo.sample --config experiments/sample/tiny_reasoner.yaml`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from bvpo.errors import UserError
+from bvpo.runs import quiet_lightning
+from bvpo.sample_report import Summary, print_summary
+from bvpo.sampler import Sampler, Sampling
+
+
+def run(options: Sampling, progress: bool = True) -> Summary | None:
+    """Do the stages asked for. The rows' summary, or None where no rows were made."""
+    sampler = Sampler(options, progress)
+    if options.stage in ("all", "generate"):
+        sampler.generate()
+    if options.stage == "score" or (options.stage == "all" and options.shard is not None):
+        sampler.score()
+    return sampler.write_rows() if options.stage in ("all", "pairs") and options.shard is None else None
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0; 2 after an error that the user can mend; 130 when interrupted."""
+    quiet_lightning()
+    parser = ArgumentParser(prog="python -m bvpo.sample", description=__doc__)
+    parser.add_argument("--config", action="config", help="A YAML file of the options below; a later one wins.")
+    parser.add_argument("--progress", type=bool, default=True, help="Show progress bars.")
+    parser.add_class_arguments(Sampling)
+    try:
+        config = parser.parse_args(args)
+        progress = config.pop("progress")
+        config.pop("config", None)
+        options = Sampling(**vars(parser.instantiate_classes(config)))
+        summary = run(options, progress)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: what has been sampled is kept; the same command goes on from there", file=sys.stderr)
+        return 130
+    if summary is None:
+        print(
+            f"done: {options.work}. The rows are made by the same command with --stage pairs, once all shards are done"
+        )
+    else:
+        print_summary(summary, options.output, options.work)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
