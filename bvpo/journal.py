@@ -45,6 +45,7 @@ class Journal:
             self._file.close()
             raise UserError(f"{self.path}: another process is writing this file; wait for it, or stop it") from None
         _cut_torn_line(self.path)
+        self._file.seek(0, os.SEEK_END)
         self._places: dict[Hashable, tuple[Path, int]] = {}
         for path in sorted(folder.glob(f"{name}*.jsonl")):
             for place, record in _records(path):

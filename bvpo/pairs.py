@@ -23,10 +23,22 @@ from transformers import PreTrainedTokenizerBase
 from bvpo import __version__
 from bvpo.batches import BRANCHES, PREFIX, has_branch
 from bvpo.errors import UserError
-from bvpo.rows import TEXT_COLUMNS, check_row, prefixes_without_prompt, to_text, without_stop
-from bvpo.rows import load_rows as load_rows  # both halves of the way from a file to ids, under one name
+from bvpo.reading import TEXT_COLUMNS
+from bvpo.reading import load_rows as load_rows  # both halves of the way from a file to ids, under one name
+from bvpo.rows import check_row, prefixes_without_prompt, to_text, without_stop
 from bvpo.selection import SEQUENCES, RowOptions, select_rows
-from bvpo.traces import QWEN3, Response, ThinkFormat, answer_of, check_template, join, own_stops, split, starts_with_bos
+from bvpo.traces import (
+    QWEN3,
+    Response,
+    ThinkFormat,
+    answer_of,
+    check_template,
+    join,
+    own_stops,
+    split,
+    starts_with_bos,
+    template_fingerprint,
+)
 
 IDS, NUMBER = datasets.List(datasets.Value("int32")), datasets.Value("int64")
 COLUMNS = dict.fromkeys(TEXT_COLUMNS, IDS) | {
@@ -44,7 +56,7 @@ ANCHOR_COLUMNS = {
 }
 LARGE = 5_000  # rows from which on further processes earn their start
 CODE = hashlib.sha256(  # what made a cached row: another code makes it anew
-    b"".join(Path(__file__).with_name(name).read_bytes() for name in ("pairs.py", "rows.py", "traces.py"))
+    b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("batches", "pairs", "rows", "traces"))
 ).hexdigest()
 
 
@@ -124,7 +136,8 @@ def tokenize_rows(
     """Check and tokenize every row, cached by content; then refuse or drop, and count, what is bad or too long."""
     if "template_sha" in rows.column_names and tokenizer.chat_template:
         try:
-            check_template(rows["template_sha"], tokenizer, source)
+            if set(rows.unique("template_sha")) - {None, template_fingerprint(tokenizer)}:
+                check_template(rows["template_sha"], tokenizer, source)
         except UserError as error:  # the rows hold rendered text, so what they were sampled from is what is trained on
             rank_zero_warn(str(error))
     if not options.stops:

@@ -16,7 +16,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from bvpo.errors import UserError
-from bvpo.rows import read_records
+from bvpo.reading import read_records
 from bvpo.tasks import draw_questions
 from bvpo.traces import Conversation, check_conversation
 

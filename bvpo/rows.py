@@ -1,252 +1,22 @@
-"""Files → rows: what people have, read, recognised, brought into text and checked. Nothing is repaired in silence.
+"""Rows → text, checked: message lists are rendered, implicit prompts found, and nothing is repaired in silence.
 
-A file that cannot be read is refused whole. A row that can be read and is no pair of pairs is a *bad row*: its
-problem is found here, and `pairs.tokenize_rows` refuses or drops and counts it.
+A row that is no pair of pairs is a *bad row*: its problem is found here, and `selection.select_rows` refuses it, or
+drops and counts it.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from hashlib import sha256
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import datasets
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from bvpo.batches import BRANCHES, PREFIX, Branch
 from bvpo.errors import UserError
+from bvpo.reading import COMPLETIONS, OPTIONAL_COLUMNS, PROBLEM, STRUCTURE, TEXT_COLUMNS, conform, describe, first_line
 from bvpo.traces import QWEN3, ThinkFormat, own_stops, render_prompt, split
-
-BUILTIN = {"builtin:tiny_reasoner": Path(__file__).parent / "assets" / "tiny_reasoner_pairs.parquet"}
-TEXT_COLUMNS = ("prompt", "chosen", "rejected", "empty_prompt", "empty_chosen", "empty_rejected")
-PROBLEM = "bvpo_problem"  # the column in which a reader notes what is wrong with a row
-COMPLETIONS = ("chosen", "rejected", "empty_chosen", "empty_rejected")
-
-TEXT, NUMBER = datasets.Value("string"), datasets.Value("float64")
-MESSAGES = datasets.List({"role": TEXT, "content": TEXT, "reasoning_content": TEXT})
-CANDIDATES = datasets.List({"trace": TEXT, "answer": TEXT, "score": NUMBER, "finish_reason": TEXT})
-OPTIONAL_COLUMNS = {
-    "prompt_id": TEXT,
-    "conversation": MESSAGES,
-    "trace_candidates": CANDIDATES,
-    "empty_candidates": CANDIDATES,
-    "anchor_traces": datasets.List({"trace": TEXT, "logprob": NUMBER}),
-    "template_sha": TEXT,
-    "sampler_model": TEXT,
-    "reward_model": TEXT,
-    "all_generated_responses": datasets.List(TEXT),
-    "all_rm_scores": datasets.List(NUMBER),
-}
-STRUCTURE = {
-    "trace_candidates": "objects with trace, answer, score and finish_reason",
-    "empty_candidates": "objects with trace, answer, score and finish_reason",
-    "anchor_traces": "objects with trace and logprob",
-    "all_generated_responses": "a list of texts",
-    "all_rm_scores": "a list of numbers",
-}
-
-
-# ---------------------------------------------------------------------- reading
-
-
-def read_records(source: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file or a Hub data set as they stand, whatever their columns. Raises UserError as `load_rows`."""
-    path = Path(source)
-    if path.suffix not in (".json", ".jsonl"):
-        yield from _open(source)
-        return
-    _check_file(path, source)
-    for number, value in enumerate(_json_values(path, source), 1):
-        if not isinstance(value, dict):
-            raise UserError(f"{source}, row {number}: expected an object with named fields, found {_describe(value)}")
-        yield value
-
-
-def load_rows(source: str, one_sided: bool = False) -> datasets.Dataset:
-    """The rows of a JSON, JSON Lines or Parquet file, a built-in set, or a Hub data set (its `train` split).
-
-    Args:
-        one_sided: Whether the columns of one branch may be absent.
-
-    Raises:
-        UserError: The source does not exist, cannot be read, is empty, or lacks a column.
-    """
-    rows = _open(source)
-    if len(rows) == 0:
-        raise UserError(f"{source}: no rows; expected one row a prompt")
-    _check_columns(rows, source, one_sided)
-    return rows
-
-
-def _open(source: str) -> datasets.Dataset:
-    path = BUILTIN.get(source, Path(source))
-    is_file = path.suffix in (".json", ".jsonl", ".parquet")
-    if is_file:
-        _check_file(path, source)
-    elif path.exists() or source.startswith(("builtin:", ".", "/", "~")) or source.count("/") > 1:
-        raise UserError(f"{source}: not a data set; give a .jsonl or .parquet file, a Hub id, or {_builtin()}")
-    kind = ("parquet" if path.suffix == ".parquet" else "JSON") if is_file else source
-    try:
-        if kind == "JSON":
-            rows = _read_json(path, source)
-        else:
-            where = {"data_files": str(path)} if is_file else {}
-            rows = cast(datasets.Dataset, datasets.load_dataset(kind, split="train", **where))
-    except Exception as error:  # datasets raises whatever its reader, the network or Arrow raises
-        if isinstance(root := error.__cause__ or error, UserError):
-            raise root from None
-        if "corresponds to no data" in str(error):
-            raise UserError(f"{source}: no rows; expected one row a prompt") from error
-        raise UserError(f"{source}: cannot be read as {kind}: {_first_line(root)}") from error
-    return rows
-
-
-def _check_file(path: Path, source: str) -> None:
-    if path.is_dir():
-        raise UserError(f"{source}: is a folder; give a JSONL or Parquet file, a Hub id, or {_builtin()}")
-    if not path.is_file():
-        raise UserError(f"{source}: there is no such file; give a JSONL or Parquet file, a Hub id, or {_builtin()}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{source}: the file is empty; expected one row a prompt")
-
-
-def _builtin() -> str:
-    return ", ".join(BUILTIN)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _read_json(path: Path, source: str) -> datasets.Dataset:
-    """A JSON file's rows, converted to Arrow row by row: memory is bounded, and each error has its row."""
-    kinds = dict.fromkeys(TEXT_COLUMNS, TEXT) | OPTIONAL_COLUMNS
-    first = next((row for row in _json_values(path, source) if isinstance(row, dict)), {})
-    kinds |= {name: MESSAGES for name in TEXT_COLUMNS if first.get(name) and isinstance(first[name], list)}
-    stat = path.stat()
-    stamp = sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode() + Path(__file__).read_bytes())
-    rows = datasets.Dataset.from_generator(
-        json_rows,
-        features=datasets.Features(kinds | {PROBLEM: TEXT}),
-        gen_kwargs={"path": str(path), "source": source, "kinds": kinds, "stamp": stamp.hexdigest()},
-    )
-    absent = [name for name in rows.column_names if rows.data.column(name).null_count == len(rows)]
-    if len(absent) == len(rows.column_names):
-        absent.remove(PROBLEM)  # a data set without columns has no rows
-    return rows.remove_columns(absent)
-
-
-def json_rows(path: str, source: str, kinds: Mapping[str, Any], stamp: str) -> Iterator[dict[str, Any]]:
-    """Every known column of every row, None where it is absent; what does not fit is named in the column `PROBLEM`.
-
-    `stamp` changes with the file's content: `datasets` caches by the arguments.
-    """
-    for value in _json_values(Path(path), source):
-        row: dict[str, Any] = {PROBLEM: None}
-        if not isinstance(value, dict):
-            row[PROBLEM] = f"expected an object with named fields, found {_describe(value)}"
-            value = dict.fromkeys(TEXT_COLUMNS)
-        if isinstance(value.get("prompt_id"), int):
-            value["prompt_id"] = str(value["prompt_id"])
-        for name, kind in kinds.items():
-            row[name] = None
-            try:
-                row[name] = conform(value.get(name), kind)
-            except ValueError as error:
-                expected = STRUCTURE.get(name) or ("text" if kind == TEXT else "a list of messages")
-                row[PROBLEM] = row[PROBLEM] or f"field {name}: expected {expected}, found {error}"
-            if row[name] is None and name in value and name in TEXT_COLUMNS:
-                row[name] = "" if kind == TEXT else []  # present, but nothing that can be used
-        yield row
-
-
-def _json_values(path: Path, source: str) -> Iterator[Any]:
-    """The values of a JSON Lines file, or of a file that holds one JSON list. Blank lines are no rows."""
-    with path.open("rb") as file:
-        head = file.read(4)
-        if head[:2] == b"\x1f\x8b":
-            raise UserError(f"{source}: cannot be read as JSON: it is gzip-compressed; decompress it first")
-        if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in head:
-            raise UserError(f"{source}: cannot be read as JSON: expected text in UTF-8, found UTF-16 or binary data")
-        bom = 3 if head[:3] == b"\xef\xbb\xbf" else 0
-        file.seek(bom)
-        if file.read(1) == b"[":
-            file.seek(bom)
-            try:
-                yield from json.loads(file.read())
-                return
-            except (ValueError, RecursionError):  # lists on lines of their own, or damaged: the lines say which
-                pass
-        file.seek(bom)
-        row = 0
-        for line in file:
-            if not line.strip():
-                continue
-            row += 1
-            try:
-                value = json.loads(line.decode())
-            except UnicodeDecodeError as error:
-                found = f"the byte 0x{line[error.start]:02x} at position {error.start}"
-                raise UserError(f"{source}: cannot be read: row {row}: expected UTF-8, found {found}") from None
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{source}: cannot be read: row {row}: expected one JSON object on the line, found "
-                    f"{line[:40].decode(errors='replace').strip()!r} ({_first_line(error)})"
-                ) from None
-            yield value
-
-
-def conform(value: Any, kind: Any) -> Any:
-    """The part of a JSON value that a column of this kind holds. Raises ValueError with what was found instead."""
-    if value is None:
-        return None
-    if kind == TEXT and isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError("text with half a surrogate pair, which is no character") from None
-        return value
-    if kind == NUMBER and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(kind, datasets.List) and isinstance(value, list):
-        return [conform(item, kind.feature) for item in value]
-    if isinstance(kind, dict) and isinstance(value, dict):
-        return {name: conform(value.get(name), own) for name, own in kind.items()}
-    raise ValueError(_describe(value))
-
-
-def _describe(value: Any) -> str:
-    return "nothing" if value in (None, "", []) else f"{type(value).__name__} {str(value)[:40]!r}"
-
-
-def _check_columns(rows: datasets.Dataset, source: str, one_sided: bool) -> None:
-    """Raises UserError, saying what the file seems to be and what it lacks."""
-    columns = [name for name in rows.column_names if name != PROBLEM]
-    conversational = any(
-        name in columns and not isinstance(rows.features[name], datasets.Value) for name in COMPLETIONS
-    )
-    pairs = [prefix for prefix in PREFIX.values() if {f"{prefix}chosen", f"{prefix}rejected"} <= set(columns)]
-    prompts = [f"{prefix}prompt" in columns for prefix in pairs]
-    if len(pairs) >= (1 if one_sided else 2) and (conversational or all(prompts) or not any(prompts)):
-        return
-    rendered = {"prompt", "empty_prompt"} if conversational else set()
-    missing = [name for name in TEXT_COLUMNS if name not in columns and name not in rendered]
-    hint = f"A row needs {', '.join(TEXT_COLUMNS)}"
-    if {"chosen", "rejected"} <= set(columns):
-        best = "best and worst of all_generated_responses by all_rm_scores" if "all_rm_scores" in columns else "TRL"
-        shape = "conversational" if conversational else "standard"
-        hint = (
-            f"These are {shape} preference rows ({best}) with one pair a prompt. BVPO needs two: answer the same "
-            "prompts with thinking disabled, score the answers, and add the best and the worst as empty_chosen and "
-            "empty_rejected" + ("" if conversational else ", with empty_prompt, the prompt that they answer")
-        ) + "; or set on_one_sided to keep, and train on one estimator"
-    raise UserError(f"{source}: no column {', '.join(missing)}; it has {', '.join(columns) or 'none of them'}. {hint}")
-
 
 # ---------------------------------------------------------------------- conversations → text
 
@@ -276,7 +46,7 @@ def to_text(
     eos = next(iter(stops or own_stops(tokenizer)), "")
     for name, messages in answers.items():
         if not _are_messages(messages) or messages[-1]["role"] != "assistant":
-            found = _describe(messages)
+            found = describe(messages)
             raise UserError(f"{where}: field {name}: expected messages that end in the assistant's, found {found}")
     try:
         conversation = _conversation(row.get("prompt"), [messages[:-1] for messages in answers.values()])
@@ -287,7 +57,7 @@ def to_text(
             prompt = str(text["empty_prompt" if name.startswith("empty_") else "prompt"])
             text[name] = completion_text(messages[-1], prompt, eos, think)
     except (ValueError, TemplateError) as error:
-        raise UserError(f"{where}: {_first_line(error)}") from error
+        raise UserError(f"{where}: {first_line(error)}") from error
     return text
 
 
@@ -358,7 +128,7 @@ def _conversation(prompt: Any, starts: list[list[dict[str, Any]]]) -> list[dict[
         )
     messages = [*given, *shared] or ([{"role": "user", "content": prompt}] if prompt else [])
     if not _are_messages(messages) or not all(message.get("content") for message in messages):
-        raise ValueError(f"field prompt: expected messages with role and content, found {_describe(messages)}")
+        raise ValueError(f"field prompt: expected messages with role and content, found {describe(messages)}")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
@@ -424,12 +194,12 @@ def _check_pair(row: Mapping[str, Any], branch: Branch, where: str, stops: Seque
     prompt, chosen, rejected = (PREFIX[branch] + name for name in ("prompt", "chosen", "rejected"))
     for name in (prompt, chosen, rejected):
         if not isinstance(text := row.get(name), str) or not text:
-            raise UserError(f"{where}: field {name}: expected text, found {_describe(text)}")
+            raise UserError(f"{where}: field {name}: expected text, found {describe(text)}")
     for name in (chosen, rejected):
         if problem := _completion_problem(row[prompt], row[name], stops, think):
             raise UserError(f"{where}: field {name}: {problem}")
         if branch == "empty" and (trace := _trace(row[prompt], row[name], think).strip()):
-            raise UserError(f"{where}: field {name}: expected an answer without a trace, found {_describe(trace)}")
+            raise UserError(f"{where}: field {name}: expected an answer without a trace, found {describe(trace)}")
     if row[chosen] == row[rejected]:
         raise UserError(f"{where}: {chosen} equals {rejected}: a pair needs two different completions")
 

@@ -10,17 +10,22 @@ from jsonargparse import ArgumentParser
 from bvpo.errors import UserError
 from bvpo.runs import quiet_lightning
 from bvpo.sample_report import Summary, print_summary
+from bvpo.sampled_rows import SampledRows
 from bvpo.sampler import Sampler, Sampling
 
 
 def run(options: Sampling, progress: bool = True) -> Summary | None:
     """Do the stages asked for. The rows' summary, or None where no rows were made."""
     sampler = Sampler(options, progress)
-    if options.stage in ("all", "generate"):
-        sampler.generate()
-    if options.stage == "score" or (options.stage == "all" and options.shard is not None):
-        sampler.score()
-    return sampler.write_rows() if options.stage in ("all", "pairs") and options.shard is None else None
+    with sampler.journal() as journal:
+        rows = SampledRows(sampler, journal)
+        if options.stage in ("all", "generate"):
+            sampler.generate(journal)
+        if options.stage in ("all", "score"):
+            rows.score()
+        if options.stage in ("all", "anchors"):
+            rows.draw_anchors()
+        return rows.write() if options.stage in ("all", "pairs") and options.shard is None else None
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Prompts → responses in both modes → scores → pairs: the work behind `python -m bvpo.sample`.
+"""Prompts → responses in both modes: the generating half of `python -m bvpo.sample`.
 
 The paper's D_t and D_e: a model answers each prompt several times with a trace and with thinking disabled, the answers
 alone are scored, and the best and the worst of each mode make the row's two pairs.
@@ -15,10 +15,9 @@ import json
 import os
 import time
 from array import array
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -31,19 +30,15 @@ from bvpo.engines import Engine, TransformersEngine
 from bvpo.errors import UserError
 from bvpo.generation import Backend, Completion, Request
 from bvpo.journal import Journal
-from bvpo.pairing import BestWorst, PairSource, Response, problem_of, response_seed
+from bvpo.pairing import BestWorst, PairSource, response_seed
 from bvpo.pairs import encode_completion, encode_prompt
 from bvpo.policy import context_length, load_tokenizer, stop_tokens
 from bvpo.prompts import Prompt, load_prompts
-from bvpo.rewards import CachedReward, Item, Reward, reward
-from bvpo.row_writer import SCHEMA, write_rows
-from bvpo.rows import without_stop
-from bvpo.sample_report import Summary
-from bvpo.traces import MODES, Mode, ThinkFormat, render_prompt, split, template_fingerprint, think_format
+from bvpo.rewards import Reward, reward
+from bvpo.traces import MODES, Mode, ThinkFormat, render_prompt, template_fingerprint, think_format
 
 Kind = Literal["thinking", "no_thinking", "anchor"]
-Stage = Literal["all", "generate", "score", "pairs"]
-CHUNK = 256  # prompts scored, paired and held in memory at a time
+Stage = Literal["all", "generate", "score", "anchors", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -62,14 +57,15 @@ class Sampling:
         seed: Of all responses.
         reward: What scores the answers: a reward model's Hub id or folder, `builtin:tasks`, `math`, or a class path.
         pairs: What makes a pair of the responses.
-        anchor_traces: Further traces of each prompt, drawn independently of the pair, for the marginal anchor.
+        anchor_traces: Further traces of each prompt that gives a row, drawn independently of its pairs, for the
+            marginal anchor.
         backend: What generates.
         think: How the model marks its traces: a name or the fields of a format, as in `data.think`.
         limit: The first so many prompts; null takes all.
         reference: The prompts' column with the right answer, where it has a name of its own.
         max_prompt_tokens: Longer prompts are left out, as are those that leave too few positions to answer in.
         one_sided: Also keep rows that have a pair in one mode only.
-        stage: `generate`, `score` or `pairs` alone. `pairs` generates nothing: it joins what shards have written.
+        stage: `generate`, `score`, `anchors` or `pairs` alone. `pairs` generates nothing: it joins what shards wrote.
         shard: `i/n`: answer and score the i-th of n parts of the prompts, into the same folder.
     """
 
@@ -183,20 +179,17 @@ class Sampler:
     @property
     def mine(self) -> list[Prompt]:
         """This shard's prompts: whole blocks."""
-        return [prompt for block in self._own_blocks for prompt in block]
+        return [prompt for block in self.own_blocks for prompt in block]
 
     @property
-    def _own_blocks(self) -> list[list[Prompt]]:
+    def own_blocks(self) -> list[list[Prompt]]:
         (index, parts), blocks = self.options.part, self.blocks()
         cut = [len(blocks) * k // parts for k in (index, index + 1)]
         return blocks[cut[0] : cut[1]]
 
-    def jobs(self, prompts: Sequence[Prompt]) -> Iterator[Job]:
-        kinds: dict[Kind, int] = dict.fromkeys(MODES, self.options.samples)
-        kinds["anchor"] = self.options.anchor_traces
-        for prompt in prompts:
-            for kind, count in kinds.items():
-                yield from (Job(prompt, kind, number) for number in range(count))
+    def jobs(self, prompts: Sequence[Prompt], kinds: Sequence[Kind] = MODES) -> list[Job]:
+        counts = dict.fromkeys(MODES, self.options.samples) | {"anchor": self.options.anchor_traces}
+        return [Job(prompt, kind, number) for prompt in prompts for kind in kinds for number in range(counts[kind])]
 
     def _settle(self) -> None:
         """Write down what responses depend on. Raises UserError where the folder's were made with other settings."""
@@ -224,38 +217,40 @@ class Sampler:
 
     def journal(self) -> Journal:
         """What has been sampled, by all shards, and this shard's file."""
-        return Journal(self.options.work, "responses", lambda r: (r["prompt"], r["kind"], r["number"]), self._part)
+        return Journal(self.options.work, "responses", lambda r: (r["prompt"], r["kind"], r["number"]), self.part)
 
     @property
-    def _part(self) -> str:
+    def part(self) -> str:
+        """The shard's name in the files that it writes; empty where there is one machine."""
         return self.options.shard.replace("/", "-of-") if self.options.shard else ""
 
     # ------------------------------------------------------------------ generate
 
-    def generate(self) -> None:
+    def generate(self, journal: Journal) -> None:
         """Sample every response of this shard that is not there yet."""
-        with self.journal() as journal:
-            jobs = list(self.jobs(self.mine))
-            left = sum(job.key not in journal for job in jobs)
-            if not left:
-                return
-            backend, done = self.options.backend.start(self.options.policy), len(jobs) - left
-            with tqdm(
-                total=len(jobs), initial=done, desc="sampling", unit="response", disable=not self.progress
-            ) as bar:
-                for block in self._own_blocks:
-                    for anchors in (False, True):  # they end with another token
-                        self._complete(
-                            backend, [j for j in self.jobs(block) if (j.kind == "anchor") == anchors], journal, bar
-                        )
+        self.complete([self.jobs(block) for block in self.own_blocks], journal, "sampling")
 
-    def _complete(self, backend: Backend, jobs: list[Job], journal: Journal, bar: tqdm[Any]) -> None:
-        """Write down the jobs' responses that are not there yet."""
+    def complete(self, blocks: Sequence[Sequence[Job]], journal: Journal, label: str) -> None:
+        """Write down the jobs' responses that are not there yet; each block of jobs is generated together."""
+        total = sum(map(len, blocks))
+        left = sum(job.key not in journal for block in blocks for job in block)
+        if not left:
+            return
+        backend = self._backend
+        with tqdm(total=total, initial=total - left, desc=label, unit="response", disable=not self.progress) as bar:
+            for block in blocks:
+                self._complete(backend, block, journal, bar)
+
+    @cached_property
+    def _backend(self) -> Backend:
+        return self.options.backend.start(self.options.policy)
+
+    def _complete(self, backend: Backend, jobs: Sequence[Job], journal: Journal, bar: tqdm[Any]) -> None:
         todo = [job for job in jobs if job.key not in journal]
         if not todo:
             return
         if self.options.backend.block is not None:
-            todo = jobs
+            todo = list(jobs)
         requests: list[Request] = []
         prompts: dict[tuple[str, str], array[int]] = {}
         for job in todo:
@@ -268,9 +263,8 @@ class Sampler:
                 if todo[index].key not in journal:
                     journal.append(self._record(todo[index], requests[index].seed, completion))
                     self._tokens += len(completion.token_ids)
-                    bar.set_postfix_str(
-                        f"{self._tokens / (time.monotonic() - self._started):.0f} tokens/s", refresh=False
-                    )
+                    rate = self._tokens / (time.monotonic() - self._started)
+                    bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
                     bar.update()
 
     def _ends(self, kind: Kind) -> list[int]:
@@ -299,100 +293,3 @@ class Sampler:
             "logprob": completion.logprob,
             "same_ids": encode_completion(self.tokenizer, text) == completion.token_ids,
         }
-
-    # ------------------------------------------------------------------ score, pair
-
-    def score(self) -> None:
-        """Score this shard's answers; what is scored already is found in the folder."""
-        with self.journal() as journal:
-            for _ in self._scored(journal, self.mine):
-                pass
-
-    def write_rows(self) -> Summary:
-        """Make the rows of all prompts and write them; an older file is replaced at once, or not at all.
-
-        Raises:
-            UserError: Responses are missing: a shard is not finished.
-        """
-        summary = Summary(self.total, self.total - len(self.prompts), self.options.samples)
-        with self.journal() as journal:
-            missing = [job.prompt.id for job in self.jobs(self.prompts) if job.key not in journal]
-            if missing:
-                raise UserError(
-                    f"{self.options.work}: {len(missing)} responses are missing (the first to prompt {missing[0]}): "
-                    "start the shards that are not finished again, or this command with stage all"
-                )
-            rows = (row for scored in self._scored(journal, self.prompts) if (row := self._row(*scored, summary)))
-            leave_out = () if self.options.anchor_traces else ("anchor_traces",)
-            summary.rows = write_rows(Path(self.options.output), rows, leave_out)
-        return summary
-
-    def _scored(
-        self, journal: Journal, prompts: Sequence[Prompt]
-    ) -> Iterator[tuple[Prompt, dict[Mode, list[Response]], list[dict[str, Any]]]]:
-        """Prompts with their scored responses of both modes and their anchor traces' records."""
-        scores = CachedReward(self.reward, self.options.work, self._part)
-        with tqdm(total=len(prompts), desc="scoring", unit="prompt", disable=not self.progress) as bar:
-            for start in range(0, len(prompts), CHUNK):
-                part = prompts[start : start + CHUNK]
-                records = [journal[job.key] | {"prompt": job.prompt} for job in self.jobs(part) if job.kind != "anchor"]
-                responses = [self._response(record) for record in records]
-                complete = [k for k, r in enumerate(responses) if r.problem in (None, "ids differ")]
-                items = [
-                    Item(records[k]["prompt"].conversation, responses[k].answer, records[k]["prompt"].reference)
-                    for k in complete
-                ]
-                for k, score in zip(complete, scores.scores(items), strict=True):
-                    problem = "no score" if score is None else responses[k].problem
-                    responses[k] = replace(responses[k], score=score, problem=problem)
-                by_mode: dict[tuple[str, str], list[Response]] = defaultdict(list)
-                for record, response in zip(records, responses, strict=True):
-                    by_mode[record["prompt"].id, record["kind"]].append(response)
-                for prompt in part:
-                    anchors = [journal[prompt.id, "anchor", k] for k in range(self.options.anchor_traces)]
-                    yield prompt, {mode: by_mode[prompt.id, mode] for mode in MODES}, anchors
-                bar.update(len(part))
-
-    def _response(self, record: dict[str, Any]) -> Response:
-        body = without_stop(record["text"], self.stops)
-        problem, trace, answer = problem_of(
-            body, record["kind"], record["finish_reason"], record["same_ids"], self.think
-        )
-        kept = ("text", "finish_reason", "seed", "n_tokens", "logprob")
-        return Response(answer=answer, trace=trace, problem=problem, **{name: record[name] for name in kept})
-
-    def _row(
-        self,
-        prompt: Prompt,
-        responses: dict[Mode, list[Response]],
-        anchors: list[dict[str, Any]],
-        summary: Summary,
-    ) -> dict[str, Any] | None:
-        """The prompt's row; None, and counted, where it has no pair."""
-        options = self.options
-        pairs = {mode: options.pairs.pair(responses[mode], mode, self.think, options.seed) for mode in MODES}
-        summary.count(responses, pairs)
-        found = {mode: pair for mode, pair in pairs.items() if not isinstance(pair, str)}
-        if len(found) < (1 if options.one_sided else 2):
-            return None
-        row: dict[str, Any] = dict.fromkeys(SCHEMA.names)
-        row |= {"prompt_id": prompt.id, "conversation": prompt.conversation}
-        for mode, prefix, branch in zip(MODES, ("", "empty_"), ("trace", "empty"), strict=True):
-            row[f"{prefix}prompt"] = render_prompt(self.tokenizer, prompt.conversation, mode, self.think)
-            row[f"{prefix}chosen"], row[f"{prefix}rejected"] = found.get(mode, (None, None))
-            row[f"{branch}_candidates"] = [response.candidate() for response in responses[mode]]
-        if options.anchor_traces:
-            row["anchor_traces"] = self._anchors(anchors, summary)
-        row |= {"template_sha": template_fingerprint(self.tokenizer), "sampler_model": options.policy}
-        return row | {"reward_model": self.reward.name}
-
-    def _anchors(self, records: list[dict[str, Any]], summary: Summary) -> list[dict[str, Any]]:
-        """The finished ones. Leaving others out shifts every log-marginal of the row by one constant, which cancels."""
-        traces = []
-        for record in records:
-            if record["same_ids"] and record["text"].endswith(self.think.close):
-                trace = split(record["text"], self.think).trace
-                traces.append({"trace": trace, "logprob": record["logprob"]})
-            else:
-                summary.lost_anchors += 1
-        return traces

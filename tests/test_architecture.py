@@ -13,13 +13,14 @@ PACKAGE = Path(__file__).parent.parent / "bvpo"
 LAYERS = [  # a file imports from the lines above its own only
     ["errors", "math_check", "tasks"],
     ["armorm", "batches", "decoding", "gradients", "journal", "losses", "moments", "traces"],
-    ["generation", "pairing", "rows", "row_writer", "selection"],
-    ["anchor", "mixing", "pairs", "prompts", "sample_report", "window"],
+    ["generation", "pairing", "reading", "row_writer", "selection"],
+    ["anchor", "mixing", "prompts", "rows", "sample_report", "window"],
+    ["pairs"],
     ["monitor", "oracle", "policy"],
     ["engines", "reward_models"],
     ["data", "evaluate", "records", "rewards"],
     ["module", "sampler"],
-    ["analysis", "report", "runs"],
+    ["analysis", "report", "runs", "sampled_rows"],
     ["fit", "sample"],
     ["assets.build_tiny_reasoner"],
 ]

@@ -87,8 +87,8 @@ REFUSED: dict[
     "endless nesting": ("a.jsonl", b'{"a":' * 100_000, "row 1: expected one JSON object"),
     "lists for objects": ("a.jsonl", lines(ROWS[0], ["w1", "w2"]), "row 2: expected an object with named fields"),
     "text for an object": ("a.jsonl", lines(ROWS[0], "w1"), "row 2: expected an object with named fields"),
-    "JSON renamed": ("a.parquet", lines(*ROWS), "a.parquet: cannot be read as parquet"),
-    "CSV renamed": ("a.parquet", b"prompt,chosen\na,b\n", "a.parquet: cannot be read as parquet"),
+    "JSON renamed": ("a.parquet", lines(*ROWS), "a.parquet: cannot be read as Parquet"),
+    "CSV renamed": ("a.parquet", b"prompt,chosen\na,b\n", "a.parquet: cannot be read as Parquet"),
     "a column missing": ("a.jsonl", without("rejected"), "a.jsonl: no column rejected"),
     "no known column": ("a.jsonl", lines({"question": "a"}), "no column prompt, chosen"),
     "a field missing in a row": (

@@ -1,0 +1,160 @@
+"""Responses → scores → pairs → rows: the second half of `python -m bvpo.sample`.
+
+Scores are of answers alone, so which response is chosen or rejected says nothing of its trace beyond its answer.
+Prompts are taken a chunk at a time; memory holds no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from bvpo.errors import UserError
+from bvpo.journal import Journal
+from bvpo.pairing import Response, problem_of
+from bvpo.prompts import Prompt
+from bvpo.rewards import CachedReward, Item, reward
+from bvpo.row_writer import SCHEMA, write_rows
+from bvpo.rows import without_stop
+from bvpo.sample_report import Summary
+from bvpo.sampler import Kind, Sampler
+from bvpo.traces import MODES, Mode, render_prompt, split, template_fingerprint
+
+CHUNK = 256  # prompts
+PREFIX: dict[Mode, str] = {"thinking": "", "no_thinking": "empty_"}
+CANDIDATES: dict[Mode, str] = {"thinking": "trace_candidates", "no_thinking": "empty_candidates"}
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt with its scored responses and, of each mode, its pair or why there is none."""
+
+    prompt: Prompt
+    responses: dict[Mode, list[Response]]
+    pairs: dict[Mode, tuple[str, str] | str]
+
+    def is_row(self, one_sided: bool) -> bool:
+        """Whether there are pairs enough."""
+        return sum(not isinstance(pair, str) for pair in self.pairs.values()) >= (1 if one_sided else 2)
+
+
+class SampledRows:
+    """What follows from a sampler's responses. Every stage goes on where an earlier start stopped."""
+
+    def __init__(self, sampler: Sampler, journal: Journal) -> None:
+        self.sampler, self.options, self.journal = sampler, sampler.options, journal
+        self.reward = reward(self.options.reward)
+        self.template = template_fingerprint(sampler.tokenizer)
+
+    def score(self) -> None:
+        """Score this shard's answers; what is scored already is found in the folder."""
+        for _ in self.answered(self.sampler.mine):
+            pass
+
+    def draw_anchors(self) -> None:
+        """Draw this shard's anchor traces, of the prompts that give a row."""
+        if not self.options.anchor_traces:
+            return
+        own = {found.prompt.id for found in self.answered(self.sampler.mine) if found.is_row(self.options.one_sided)}
+        blocks = ([prompt for prompt in block if prompt.id in own] for block in self.sampler.own_blocks)
+        self.sampler.complete([self.sampler.jobs(block, ["anchor"]) for block in blocks], self.journal, "anchors")
+
+    def write(self) -> Summary:
+        """Write the rows of all prompts; an older file is replaced at once, or not at all.
+
+        Raises:
+            UserError: Responses are missing: a shard is not finished.
+        """
+        sampler, options = self.sampler, self.options
+        summary = Summary(sampler.total, sampler.total - len(sampler.prompts), options.samples)
+        self._check_there(sampler.prompts, MODES)
+        leave_out = () if options.anchor_traces else ("anchor_traces",)
+        summary.rows = write_rows(Path(options.output), self._rows(summary), leave_out)
+        return summary
+
+    def _rows(self, summary: Summary) -> Iterator[dict[str, Any]]:
+        for found in self.answered(self.sampler.prompts):
+            summary.count(found.responses, found.pairs)
+            if found.is_row(self.options.one_sided):
+                yield self.row(found, summary)
+
+    def _check_there(self, prompts: Sequence[Prompt], kinds: Sequence[Kind]) -> None:
+        missing = [job.prompt.id for job in self.sampler.jobs(prompts, kinds) if job.key not in self.journal]
+        if missing:
+            raise UserError(
+                f"{self.options.work}: {len(missing)} responses are missing (the first to prompt {missing[0]}): start "
+                "the shards that are not finished again, or this command with stage all"
+            )
+
+    def answered(self, prompts: Sequence[Prompt]) -> Iterator[Answered]:
+        """The prompts with their responses, scored and paired."""
+        options = self.options
+        self._check_there(prompts, MODES)
+        with tqdm(total=len(prompts), desc="scoring", unit="prompt", disable=not self.sampler.progress) as bar:
+            for start in range(0, len(prompts), CHUNK):
+                part = prompts[start : start + CHUNK]
+                responses = self._scored(part)
+                for prompt in part:
+                    own = {mode: responses[prompt.id, mode] for mode in MODES}
+                    pairs = {
+                        mode: options.pairs.pair(own[mode], mode, self.sampler.think, options.seed) for mode in MODES
+                    }
+                    yield Answered(prompt, own, pairs)
+                bar.update(len(part))
+
+    def _scored(self, prompts: Sequence[Prompt]) -> dict[tuple[str, Mode], list[Response]]:
+        """Responses of both modes, by prompt id and mode; only complete ones have a score."""
+        keys = [(prompt, mode, k) for prompt in prompts for mode in MODES for k in range(self.options.samples)]
+        responses = [self._response(self.journal[prompt.id, mode, k], mode) for prompt, mode, k in keys]
+        complete = [index for index, r in enumerate(responses) if r.problem in (None, "ids differ")]
+        prompt_of = {index: keys[index][0] for index in complete}
+        items = [Item(prompt_of[k].conversation, responses[k].answer, prompt_of[k].reference) for k in complete]
+        for index, score in zip(complete, self._scores.scores(items), strict=True):
+            problem = "no score" if score is None else responses[index].problem
+            responses[index] = replace(responses[index], score=score, problem=problem)
+        grouped: dict[tuple[str, Mode], list[Response]] = {(p.id, mode): [] for p in prompts for mode in MODES}
+        for (prompt, mode, _), response in zip(keys, responses, strict=True):
+            grouped[prompt.id, mode].append(response)
+        return grouped
+
+    @cached_property
+    def _scores(self) -> CachedReward:
+        return CachedReward(self.reward, self.options.work, self.sampler.part)
+
+    def _response(self, record: dict[str, Any], mode: Mode) -> Response:
+        body = without_stop(record["text"], self.sampler.stops)
+        problem, trace, answer = problem_of(body, mode, record["finish_reason"], record["same_ids"], self.sampler.think)
+        kept = ("text", "finish_reason", "seed", "n_tokens", "logprob")
+        return Response(answer=answer, trace=trace, problem=problem, **{name: record[name] for name in kept})
+
+    def row(self, found: Answered, summary: Summary) -> dict[str, Any]:
+        """A row of the documented schema."""
+        sampler, prompt = self.sampler, found.prompt
+        row: dict[str, Any] = dict.fromkeys(SCHEMA.names)
+        row |= {"prompt_id": prompt.id, "conversation": prompt.conversation}
+        for mode, prefix in PREFIX.items():
+            pair = found.pairs[mode]
+            row[f"{prefix}prompt"] = render_prompt(sampler.tokenizer, prompt.conversation, mode, sampler.think)
+            row[f"{prefix}chosen"], row[f"{prefix}rejected"] = (None, None) if isinstance(pair, str) else pair
+            row[CANDIDATES[mode]] = [response.candidate() for response in found.responses[mode]]
+        if self.options.anchor_traces:
+            row["anchor_traces"] = self._anchors(prompt, summary)
+        row |= {"template_sha": self.template, "sampler_model": self.options.policy}
+        return row | {"reward_model": self.reward.name}
+
+    def _anchors(self, prompt: Prompt, summary: Summary) -> list[dict[str, Any]]:
+        """The finished traces. Leaving others out shifts the row's log-marginals by one constant, which cancels."""
+        self._check_there([prompt], ["anchor"])
+        traces = []
+        for number in range(self.options.anchor_traces):
+            record, close = self.journal[prompt.id, "anchor", number], self.sampler.think.close
+            if record["same_ids"] and record["text"].endswith(close):
+                traces.append({"trace": split(record["text"], self.sampler.think).trace, "logprob": record["logprob"]})
+            else:
+                summary.lost_anchors += 1
+        return traces
