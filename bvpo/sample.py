@@ -28,18 +28,23 @@ def run(options: Sampling, progress: bool = True) -> Summary | None:
         return rows.write() if options.stage in ("all", "pairs") and options.shard is None else None
 
 
+def parser() -> ArgumentParser:
+    """The command line: the fields of `Sampling`."""
+    own = ArgumentParser(prog="python -m bvpo.sample", description=__doc__)
+    own.add_argument("--config", action="config", help="A YAML file of the options below; a later one wins.")
+    own.add_argument("--progress", type=bool, default=True, help="Show progress bars.")
+    own.add_class_arguments(Sampling)
+    return own
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0; 2 after an error that the user can mend; 130 when interrupted."""
     quiet_lightning()
-    parser = ArgumentParser(prog="python -m bvpo.sample", description=__doc__)
-    parser.add_argument("--config", action="config", help="A YAML file of the options below; a later one wins.")
-    parser.add_argument("--progress", type=bool, default=True, help="Show progress bars.")
-    parser.add_class_arguments(Sampling)
     try:
-        config = parser.parse_args(args)
+        config = (own := parser()).parse_args(args)
         progress = config.pop("progress")
         config.pop("config", None)
-        options = Sampling(**vars(parser.instantiate_classes(config)))
+        options = Sampling(**vars(own.instantiate_classes(config)))
         summary = run(options, progress)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

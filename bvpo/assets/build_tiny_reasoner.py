@@ -1,28 +1,23 @@
-"""Builds the tiny reasoner and its preference pairs from nothing, on one CPU core.
+"""Builds the tiny reasoner from nothing, on one CPU core.
 
     python -m bvpo.assets.build_tiny_reasoner --output bvpo/assets --seed 0
 
-A Qwen3 of about 0.6M parameters is fine-tuned on worked traces of `bvpo.tasks`, some careful and some sloppy, and then
-samples its own pairs as in the paper: 5 responses a prompt and mode at temperature 0.8, scored on the answer alone.
+A Qwen3 of about 0.6M parameters is fine-tuned on worked traces of `bvpo.tasks`, some careful and some sloppy.
+experiments/sample/tiny_reasoner.yaml then has it sample its own preference pairs.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import math
 import platform
 import random
 import sys
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 import transformers
@@ -30,9 +25,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from bvpo.generation import Decoding, generate
-from bvpo.tasks import Question, Work, answer_sentence, draw_questions, is_correct, work_on
-from bvpo.traces import MODES, Conversation, Mode, answer_of, render_prompt, split, template_fingerprint
+from bvpo.evaluate import answer_questions
+from bvpo.generation import Decoding
+from bvpo.pairs import encode_completion
+from bvpo.tasks import Question, Work, answer_sentence, draw_questions, work_on
+from bvpo.traces import MODES, Conversation, Mode, render_prompt
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +51,7 @@ STEPS, WARMUP, DECAY_FROM, SLIPS_FROM = 2000, 100, 800, 1600
 ROWS: dict[Mode, int] = {"thinking": 24, "no_thinking": 6}  # a step
 MATRIX_RATE, OTHER_RATE = 0.02, 4e-3  # peak learning rates of Muon and of AdamW
 DECODING = Decoding(temperature=0.8, max_new_tokens=160)
-RESPONSES = 5  # a prompt and mode, as in the paper
-PROMPTS, EVALUATED = 3400, 500
+EVALUATED = 500
 
 
 # --- What the model is taught -----------------------------------------------------------------------------------------
@@ -186,7 +182,7 @@ def fine_tune(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed:
             for question in islice(questions, ROWS[mode]):
                 prompt = render_prompt(tokenizer, conversation_of(question), mode)
                 completion = write_completion(question, mode, rng, slips=step >= SLIPS_FROM)
-                rows.append((encode(tokenizer, prompt), encode(tokenizer, completion)))
+                rows.append((encode_completion(tokenizer, prompt), encode_completion(tokenizer, completion)))
             loss = completion_loss(model, rows)
             torch.autograd.backward(loss)
             losses[mode] = loss.item()
@@ -199,143 +195,27 @@ def fine_tune(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed:
             log.info("step %5d  loss: %s  (%.0f s)", step + 1, shown, time.perf_counter() - started)
 
 
-# --- Sampling, scoring, pairing ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One scored response, as rows keep it; the answer is the text that was scored."""
-
-    trace: str
-    answer: str
-    score: float
-    finish_reason: Literal["stop", "length"]
-    seed: int
-    n_tokens: int
-
-
-@dataclass(frozen=True)
-class Response:
-    """A candidate, its verbatim text and, where it may not enter a pair, the reason."""
-
-    candidate: Candidate
-    completion: str
-    unusable: Literal["cut", "unfinished trace", "ids differ"] | None
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def respond(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    questions: list[Question],
-    mode: Mode,
-    first_seed: int,
-    responses: int = 1,
-) -> list[list[Response]]:
-    """`responses` scored responses to each question, with consecutive seeds."""
-    prompts = [encode(tokenizer, render_prompt(tokenizer, conversation_of(q), mode)) for q in questions]
-    repeated = [prompt for prompt in prompts for _ in range(responses)]
-    seeds = list(range(first_seed, first_seed + len(repeated)))
-    eos = [int(tokenizer.eos_token_id)]
-    completions = generate(model, repeated, seeds, DECODING, eos_token_ids=eos, batch_size=256)
-    scored: list[list[Response]] = [[] for _ in questions]
-    for index, (seed, sampled) in enumerate(zip(seeds, completions, strict=True)):
-        question = questions[index // responses]
-        text = str(tokenizer.decode(sampled.token_ids))
-        answer = answer_of(text.removesuffix(EOS), mode)
-        score = float(answer is not None and is_correct(question, answer))
-        trace = split(text).trace if mode == "thinking" else ""
-        unusable: Literal["cut", "unfinished trace", "ids differ"] | None = None
-        if sampled.finish_reason == "length":
-            unusable = "cut"
-        elif answer is None:
-            unusable = "unfinished trace"
-        elif encode(tokenizer, text) != sampled.token_ids:
-            unusable = "ids differ"
-        candidate = Candidate(trace, answer or "", score, sampled.finish_reason, seed, len(sampled.token_ids))
-        scored[index // responses].append(Response(candidate, text, unusable))
-    return scored
-
-
-def best_and_worst(responses: list[Response]) -> tuple[str, str] | None:
-    """The chosen and the rejected completion, the first by seed among equals; None where scores tie."""
-    usable = [response for response in responses if response.unusable is None]
-    if not usable:
-        return None
-    chosen = max(usable, key=lambda response: response.candidate.score)
-    rejected = min(usable, key=lambda response: response.candidate.score)
-    if chosen.candidate.score == rejected.candidate.score:
-        return None
-    return chosen.completion, rejected.completion
-
-
-def build_rows(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> list[dict[str, object]]:
-    """One row for each prompt that has a pair in both modes."""
-    questions = draw_questions(PROMPTS, seed + 1, "train")
-    sampled: dict[Mode, list[list[Response]]] = {}
-    for mode, first_seed in zip(MODES, (10_000_000 * seed, 10_000_000 * seed + PROMPTS * RESPONSES), strict=True):
-        sampled[mode] = respond(model, tokenizer, questions, mode, first_seed, RESPONSES)
-    rows: list[dict[str, object]] = []
-    for index, question in enumerate(questions):
-        trace, empty = (best_and_worst(sampled[mode][index]) for mode in MODES)
-        if trace is None or empty is None:
-            continue
-        conversation = conversation_of(question)
-        row: dict[str, object] = {
-            "prompt_id": f"tiny-{index:04d}",
-            "conversation": conversation,
-            "prompt": render_prompt(tokenizer, conversation, "thinking"),
-            "chosen": trace[0],
-            "rejected": trace[1],
-            "empty_prompt": render_prompt(tokenizer, conversation, "no_thinking"),
-            "empty_chosen": empty[0],
-            "empty_rejected": empty[1],
-            "trace_candidates": [asdict(response.candidate) for response in sampled["thinking"][index]],
-            "empty_candidates": [asdict(response.candidate) for response in sampled["no_thinking"][index]],
-            "template_sha": template_fingerprint(tokenizer),
-            "sampler_model": "builtin:tiny_reasoner",
-            "reward_model": "exact",
-        }
-        rows.append(row)
-    for mode in MODES:
-        reasons = Counter(r.unusable for responses in sampled[mode] for r in responses if r.unusable)
-        pairs = sum(best_and_worst(responses) is not None for responses in sampled[mode])
-        mean = sum(r.candidate.score for responses in sampled[mode] for r in responses) / (PROMPTS * RESPONSES)
-        log.info(
-            "%s: %d responses, %.1f%% correct, unusable %s; %d prompts with a pair, %d without",
-            *(mode, PROMPTS * RESPONSES, 100 * mean, dict(reasons), pairs, PROMPTS - pairs),
-        )
-    log.info("%d of %d prompts have a pair in both modes and are rows", len(rows), PROMPTS)
-    return rows
+# --- How well it does -------------------------------------------------------------------------------------------------
 
 
 def report_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
     """Accuracy on held-out questions, with its standard error and by task."""
     questions = draw_questions(EVALUATED, seed + 2, "held_out")
     for mode in MODES:
-        responses = [r for (r,) in respond(model, tokenizer, questions, mode, 10_000_000 * seed + 5_000_000)]
-        scores = [r.candidate.score for r in responses]
-        mean = sum(scores) / len(scores)
-        error = math.sqrt(mean * (1 - mean) / len(scores))
-        tokens = sum(r.candidate.n_tokens for r in responses) / len(responses)
-        cut = sum(r.unusable is not None for r in responses)
+        result = answer_questions(model, tokenizer, questions, mode, DECODING, seed)
         log.info(
-            "%s: %.1f%% ± %.1f correct on %d held-out questions, %.0f tokens a response, %d unusable",
-            *(mode, 100 * mean, 100 * error, len(scores), tokens, cut),
+            "%s: %.1f%% ± %.1f correct on %d held-out questions, %.1f%% cut",
+            *(mode, 100 * result.mean, 100 * result.standard_error, len(questions), 100 * result.truncated),
         )
         by_task: dict[str, list[float]] = {}
-        for question, score in zip(questions, scores, strict=True):
+        for question, score in zip(questions, result.correct.tolist(), strict=True):
             by_task.setdefault(question.task, []).append(score)
         log.info("    %s", ", ".join(f"{task} {100 * sum(s) / len(s):.0f}%" for task, s in sorted(by_task.items())))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("bvpo/assets"), help="folder of the model folder and pairs")
+    parser.add_argument("--output", type=Path, default=Path("bvpo/assets"), help="parent of the model's folder")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     seed: int = arguments.seed
@@ -358,11 +238,6 @@ def main() -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     report_accuracy(model, tokenizer, seed)
-    started = time.perf_counter()
-    rows = build_rows(model, tokenizer, seed)
-    pairs = arguments.output / "tiny_reasoner_pairs.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), pairs, compression="zstd")
-    log.info("pairs in %.0f s, %.1f MB", time.perf_counter() - started, pairs.stat().st_size / 1e6)
 
 
 if __name__ == "__main__":
