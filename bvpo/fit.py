@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from bvpo.checks import quick_checks, require
 from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.module import BVPO, check_trainer
@@ -79,6 +80,7 @@ class FitCLI(LightningCLI):
 
     def fit(self) -> None:
         check_trainer(self.trainer)  # before it starts further processes
+        require(quick_checks(self.datamodule), str(self.datamodule.sources["train"]))
         if self.config.trainer.logger in (None, True):
             version = claim_version(self.root) if self.version is None else self.version
             resumed_at = None if self.version is None else self.resumed_at

@@ -140,10 +140,18 @@ def tokenize_rows(
                 check_template(rows["template_sha"], tokenizer, source)
         except UserError as error:  # the rows hold rendered text, so what they were sampled from is what is trained on
             rank_zero_warn(str(error))
+    tokenized = prepare_rows(rows, tokenizer, source, options)
+    return select_rows(tokenized, source, options).remove_columns(["problem", "endless", "guessed"])
+
+
+def prepare_rows(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, source: str, options: RowOptions
+) -> datasets.Dataset:
+    """Every row tokenized, bad ones with their problem; cached by all that decides what a tokenized row holds."""
     if not options.stops:
         options = replace(options, stops=own_stops(tokenizer))
     key = json.dumps([rows._fingerprint, fingerprint(tokenizer), CODE, __version__, options.content])
-    tokenized = rows.map(
+    return rows.map(
         prepare_row,
         with_indices=True,
         fn_kwargs={"tokenizer": tokenizer, "source": source, "options": options},
@@ -154,7 +162,6 @@ def tokenize_rows(
         writer_batch_size=100,  # rows held in memory, each of up to some hundred thousand ids
         desc=f"tokenizing {source}",
     )
-    return select_rows(tokenized, source, options).remove_columns(["problem", "endless", "guessed"])
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
