@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
+from bvpo.backends import VLLM, Server
 from bvpo.errors import UserError
 from bvpo.generation import Backend, Transformers
-from bvpo.policy import load_policy
+from bvpo.policy import load_policy, resolve_model
+from bvpo.remote import Patience
 
 
 class Engine(ABC):
@@ -59,3 +61,54 @@ class TransformersEngine(Engine):
         except RuntimeError as error:
             raise UserError(f"{policy} cannot be moved to {device}: {str(error).splitlines()[0]}") from error
         return Transformers(model, self.batch_size)
+
+
+@dataclass(frozen=True)
+class VLLMEngine(Engine):
+    """vLLM in this process: `pip install "bvpo[vllm]"`, and a GPU. Arguments as in `bvpo.backends.VLLM`.
+
+    Args:
+        tensor_parallel_size: GPUs that the model is split over. To use more, give each shard GPUs of its own.
+        dtype: Of weights and activations; `auto` takes the checkpoint's.
+        gpu_memory_utilization: The fraction of each GPU's memory for weights and KV cache.
+        max_model_len: Positions of prompt and response; null takes the model's.
+    """
+
+    tensor_parallel_size: int = 1
+    dtype: str = "auto"
+    gpu_memory_utilization: float = 0.9
+    max_model_len: int | None = None
+
+    def start(self, policy: str) -> Backend:
+        return VLLM(
+            resolve_model(policy),
+            self.tensor_parallel_size,
+            self.dtype,
+            self.gpu_memory_utilization,
+            self.max_model_len,
+        )
+
+
+@dataclass(frozen=True)
+class ServerEngine(Engine):
+    """A server that speaks OpenAI's completions API. Arguments as in `bvpo.backends.Server`.
+
+    Args:
+        url: Ends in `/v1`, as a rule.
+        model: The server's name for the policy; null takes the policy's own.
+        concurrency: Requests under way at once.
+        processed_logprobs: Whether its log-probabilities are those after temperature and top-p.
+        api_key_variable: The environment variable that holds the key, if the server wants one.
+        patience: When to give up.
+    """
+
+    url: str
+    model: str | None = None
+    concurrency: int = 64
+    processed_logprobs: bool = False
+    api_key_variable: str | None = None
+    patience: Patience = field(default_factory=Patience)
+
+    def start(self, policy: str) -> Backend:
+        name = self.model or policy
+        return Server(self.url, name, self.concurrency, self.processed_logprobs, self.api_key_variable, self.patience)

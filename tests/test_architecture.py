@@ -12,16 +12,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "bvpo"
 LAYERS = [  # a file imports from the lines above its own only
     ["errors", "math_check", "tasks"],
-    ["armorm", "batches", "decoding", "gradients", "journal", "losses", "moments", "traces"],
+    ["armorm", "batches", "decoding", "gradients", "journal", "losses", "machine", "moments", "remote", "traces"],
     ["generation", "pairing", "reading", "row_writer", "selection"],
-    ["anchor", "mixing", "prompts", "rows", "sample_report", "window"],
+    ["anchor", "backends", "mixing", "prompts", "rows", "sample_report", "window"],
     ["pairs"],
-    ["monitor", "oracle", "policy"],
+    ["monitor", "oracle", "policy", "row_faults"],
     ["engines", "reward_models"],
-    ["data", "evaluate", "records", "rewards"],
-    ["module", "sampler"],
-    ["analysis", "report", "runs", "sampled_rows"],
-    ["fit", "sample"],
+    ["data", "evaluate", "memory", "records", "rewards"],
+    ["checks", "inspection", "module", "sampler"],
+    ["analysis", "doctor_report", "model_checks", "report", "response_variance", "runs", "sampled_rows"],
+    ["fit", "sample", "stochasticity"],
+    ["doctor"],
     ["assets.build_tiny_reasoner"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
