@@ -132,7 +132,7 @@ class TaskAccuracy(L.Callback):
                 lacks = "chat template" if not tokenizer.chat_template else "EOS token"
                 rank_zero_warn(f"{module.policy_name}: accuracy is not measured: the tokenizer has no {lacks}")
             return {}
-        think = getattr(cast(Any, trainer).datamodule, "think", QWEN3)
+        think, bars = getattr(cast(Any, trainer).datamodule, "think", QWEN3), trainer.progress_bar_callback is not None
         results = {
             mode: answer_questions(
                 module.policy,
@@ -142,7 +142,7 @@ class TaskAccuracy(L.Callback):
                 self.decoding,
                 self.seed,
                 self.batch_size,
-                progress=f"{len(self.questions)} held-out questions, {mode}, {when}",
+                progress=f"{len(self.questions)} held-out questions, {mode}, {when}" if bars else None,
                 think=think,
                 stops=stop_tokens(module.policy_name, tokenizer),
             )

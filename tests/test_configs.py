@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from bvpo import sample, stochasticity
 from bvpo.data import PairData
 from bvpo.fit import FitCLI
 from bvpo.module import BVPO
@@ -41,8 +44,13 @@ def test_a_config_is_parsed_by_its_own_command(
 ) -> None:
     monkeypatch.chdir(ROOT)
     command = launch_command(path)
-    assert command[2] == "bvpo.fit" and str(path.relative_to(ROOT)) in command
-    config = parser.parse_args(command[3:])  # an option that does not exist is an error
+    assert str(path.relative_to(ROOT)) in command
+    parse: dict[str, Callable[[list[str]], Any]] = {
+        "bvpo.fit": parser.parse_args,
+        "bvpo.sample": sample.parser().parse_args,
+        "bvpo.stochasticity": stochasticity.options,
+    }
+    config = parse[command[2]](command[3:])  # an option that does not exist is an error
     for key, value in yaml.safe_load(path.read_text()).get("trainer", {}).items():
         assert key == "callbacks" or config.trainer[key] == value
 
