@@ -27,12 +27,14 @@ class SequenceBatch(NamedTuple):
         prompt_lengths, lengths: (S,) tokens of the prompt, and of prompt and completion.
         step_pairs: Pairs of this branch in the whole optimizer batch, over microbatches and ranks: the loss's divisor.
             0 where that batch has none.
+        reference: (S,) float64 log π_ref(completion | prompt), where the rows came with them.
     """
 
     input_ids: Tensor
     prompt_lengths: Tensor
     lengths: Tensor
     step_pairs: int
+    reference: Tensor | None = None
 
     @property
     def attention_mask(self) -> Tensor:
@@ -56,7 +58,8 @@ class SequenceBatch(NamedTuple):
         """Some of the sequences, without the padding that they do not need."""
         lengths = self.lengths[index]
         ids = self.input_ids[index][:, : int(lengths.max())]
-        return SequenceBatch(ids, self.prompt_lengths[index], lengths, self.step_pairs)
+        reference = None if self.reference is None else self.reference[index]
+        return SequenceBatch(ids, self.prompt_lengths[index], lengths, self.step_pairs, reference)
 
 
 class AnchorBatch(NamedTuple):
@@ -121,23 +124,32 @@ def collate(
 
 
 def _anchors(rows: Sequence[Mapping[str, Any]], pad_token_id: int, step_pairs: int) -> AnchorBatch:
-    sequences, completion, log_q = [], [], []
+    sequences, completion, log_q, reference = [], [], [], []
     for offset, side in ((0, "anchor_chosen"), (len(rows), "anchor_rejected")):
         for index, row in enumerate(rows):
             sequences += [(row["prompt"], ids) for ids in row[side]]
             completion += [offset + index] * len(row[side])
             log_q += row["anchor_log_q"]
+            first = len(row["anchor_chosen"]) if offset else 0
+            reference += row.get("reference_anchors", [])[first : first + len(row[side])]
     drawn = torch.tensor(log_q, dtype=torch.float64) if log_q else None
-    return AnchorBatch(_padded(sequences, pad_token_id, step_pairs), torch.tensor(completion), drawn)
+    padded = _padded(sequences, pad_token_id, step_pairs, reference)
+    return AnchorBatch(padded, torch.tensor(completion), drawn)
 
 
 def _pad(rows: Sequence[Mapping[str, Any]], branch: Branch, pad_token_id: int, step_pairs: int) -> SequenceBatch:
     prefix, sides = PREFIX[branch], ("chosen", "rejected")
     sequences = [(row[prefix + "prompt"], row[prefix + side]) for side in sides for row in rows]
-    return _padded(sequences, pad_token_id, step_pairs)
+    cached = [row[f"reference_{branch}"] for row in rows if f"reference_{branch}" in row]
+    return _padded(sequences, pad_token_id, step_pairs, [pair[side] for side in (0, 1) for pair in cached])
 
 
-def _padded(sequences: Sequence[tuple[list[int], list[int]]], pad_token_id: int, step_pairs: int) -> SequenceBatch:
+def _padded(
+    sequences: Sequence[tuple[list[int], list[int]]],
+    pad_token_id: int,
+    step_pairs: int,
+    reference: Sequence[float] = (),
+) -> SequenceBatch:
     """Sequences of prompt and completion ids, padded on the right."""
     joined = [torch.tensor(prompt + completion) for prompt, completion in sequences]
     padded = torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=pad_token_id) if joined else None
@@ -146,4 +158,5 @@ def _padded(sequences: Sequence[tuple[list[int], list[int]]], pad_token_id: int,
         torch.tensor([len(prompt) for prompt, _ in sequences], dtype=torch.long),
         torch.tensor([len(ids) for ids in joined], dtype=torch.long),
         step_pairs,
+        torch.tensor(reference, dtype=torch.float64) if reference else None,
     )

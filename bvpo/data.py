@@ -8,7 +8,7 @@ resumed run goes on where it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,6 +210,10 @@ class PairData(L.LightningDataModule):
     def read(self, source: str) -> datasets.Dataset:
         """A source's rows, not yet checked."""
         return load_rows(source, one_sided=self.on_one_sided == "keep")
+
+    def attach_reference(self, cached: Mapping[str, datasets.Dataset]) -> None:
+        """Rows that have come to know their reference's log-probabilities take the place of those without."""
+        self.rows |= cached
 
     def row_options(self, anchors: bool) -> RowOptions:
         """What is done with rows; `anchors` where the marginal anchor is asked for."""

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, cast
 
+import datasets
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -27,6 +29,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from bvpo.anchor import draw_two, marginal_coefficients
 from bvpo.batches import BRANCHES, AnchorBatch, Branch, PairBatch, SequenceBatch
@@ -36,8 +39,9 @@ from bvpo.gradients import GradientMixer, Group, layer_groups, single_group
 from bvpo.losses import DPO, PreferenceLoss
 from bvpo.mixing import Fixed, MixingPolicy
 from bvpo.monitor import GradientMonitor
-from bvpo.policy import LiveReference, Reference, completion_logps, load_policy, resolve_model, sequence_logps
+from bvpo.policy import completion_logps, load_policy, resolve_model, sequence_logps
 from bvpo.records import StepRecord, branch_metrics, gradient_metrics
+from bvpo.reference import CachedReference, LiveReference, Reference, ReferenceCache, weights_fingerprint
 
 SKIPS_IN_A_ROW = 10
 
@@ -48,7 +52,9 @@ class BVPO(L.LightningModule):
     Args:
         policy: The model to train: a Hub id, a folder saved by `save_pretrained`, or `builtin:tiny_reasoner`.
         reference: The model it is held to; by default the policy as it is before training.
-        reference_logps: Where the reference's log-probabilities come from: `live` keeps a frozen copy in memory.
+        reference_logps: Where the reference's log-probabilities come from: `live` keeps a frozen copy in memory;
+            `cached` computes them once, before the first step, and reads them from the disk from then on.
+        reference_cache: Folder of cached log-probabilities; null: beside the cached rows. Runs share it.
         loss: The preference loss, applied to the trace pairs and to the empty-trace pairs.
         beta: Replaces the loss's own beta.
         mixing: What sets α, the weight of the trace gradient.
@@ -65,7 +71,8 @@ class BVPO(L.LightningModule):
         self,
         policy: str = "builtin:tiny_reasoner",
         reference: str | None = None,
-        reference_logps: Literal["live"] = "live",
+        reference_logps: Literal["live", "cached"] = "live",
+        reference_cache: str | None = None,
         loss: PreferenceLoss = DPO(),
         beta: float | None = None,
         mixing: MixingPolicy = Fixed(),
@@ -93,6 +100,7 @@ class BVPO(L.LightningModule):
             if model is not None:
                 resolve_model(model)
         self.policy_name, self.reference_name = policy, reference
+        self.reference_logps, self.reference_cache = reference_logps, reference_cache
         self.loss = loss if beta is None else loss.with_beta(beta)
         self.mixing = mixing
         if mixing.anchor == "marginal" and not isinstance(self.loss, DPO):
@@ -116,15 +124,47 @@ class BVPO(L.LightningModule):
         if self._trainer is not None:
             check_trainer(self.trainer)
         self.policy = load_policy(self.policy_name, torch.get_default_dtype())
-        if self.reference_name in (None, self.policy_name):
-            self.reference = LiveReference.copy_of(self.policy)
+        if self.reference_logps == "cached":
+            self._reference_weights = weights_fingerprint(self._load_reference() or self.policy)
+            self.reference = CachedReference()
         else:
-            assert self.reference_name is not None
-            self.reference = LiveReference(load_policy(self.reference_name, torch.get_default_dtype()))
+            model = self._load_reference()
+            self.reference = LiveReference.copy_of(self.policy) if model is None else LiveReference(model)
         if self.mixing.window:
             units = 1 if self._step_is_unit else self.accumulate
             dtype = torch.promote_types(self.policy.dtype, torch.float32)
             self.monitor = GradientMonitor(self.mixing, self._groups(), units, dtype)
+
+    def _load_reference(self) -> PreTrainedModel | None:
+        """The reference as it is on the disk; None where that is what the policy starts from."""
+        if self.reference_name in (None, self.policy_name):
+            return None
+        assert self.reference_name is not None
+        return load_policy(self.reference_name, torch.get_default_dtype())
+
+    def _cache_reference(self) -> None:
+        """Give the rows their reference's log-probabilities, computed where the disk does not have them yet."""
+        root = Path(self.reference_cache or Path(datasets.config.HF_DATASETS_CACHE) / "bvpo_reference")
+        precision, strategy = f"{self.trainer.precision} {self.policy.dtype}", self.trainer.strategy
+        caches = {
+            name: ReferenceCache(root, self._reference_weights, rows, precision)
+            for name, rows in self._data.rows.items()
+        }
+        if any(cache.missing() for cache in caches.values()):
+            model: Any = self.policy
+            if weights_fingerprint(model) != self._reference_weights:  # another reference, or a resumed run
+                model = load_policy(self.reference_name or self.policy_name, self.policy.dtype).to(self.device)  # type: ignore[arg-type]
+            bars = self.trainer.progress_bar_callback is not None
+            for name, cache in caches.items():
+                cache.compute(
+                    model,
+                    self._data.batch_size,
+                    self._data.pad_token_id,
+                    lambda batch: strategy.batch_to_device(batch, self.device),
+                    self.trainer.precision_plugin.forward_context,
+                    f"reference log-probabilities, {name} rows" if bars else None,
+                )
+        self._data.attach_reference({name: cache.attached() for name, cache in caches.items()})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BVPO:
         """Move buffers, but never cast them: `bf16-true` would round the rotary frequencies to 8 bits, which turns the
@@ -163,8 +203,10 @@ class BVPO(L.LightningModule):
         return self._data.sampler().steps * (self.trainer.max_epochs or 1)
 
     def on_fit_start(self) -> None:
-        assert self.reference is not None
-        self.reference.to(self.device)
+        if isinstance(self.reference, LiveReference):
+            self.reference.to(self.device)
+        else:
+            self._cache_reference()
         self.gradients = GradientMixer(self._trained(), self._groups(), sketching=self.monitor is not None)
         self.batch_rows = self._data.sampler().step_rows
         if self.monitor is not None:

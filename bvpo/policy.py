@@ -1,13 +1,11 @@
-"""Policy and reference: loading them, and the log-probabilities of a batch.
+"""The policy: loading it, and the log-probabilities of a batch.
 
 Shapes: S sequences (2B: the chosen ones, then the rejected ones), T tokens, N completion tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
-from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, cast
 
@@ -147,37 +145,3 @@ def completion_logps(model: nn.Module, batch: SequenceBatch) -> Tensor:
 
 def _keeps_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-class Reference(ABC):
-    """π_ref: gives the reference's log-probabilities of a batch, without a gradient."""
-
-    @abstractmethod
-    def completion_logps(self, batch: SequenceBatch) -> Tensor:
-        """(S,) log π_ref(completion | prompt), without a gradient."""
-
-    def logps(self, batch: SequenceBatch) -> PairLogps:
-        """The same of a branch's pairs."""
-        return by_side(self.completion_logps(batch), batch)
-
-    @abstractmethod
-    def to(self, device: torch.device) -> None: ...
-
-
-class LiveReference(Reference):
-    """A frozen model in memory. It is no `nn.Module`, so Lightning puts it into no checkpoint and no optimizer."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval().requires_grad_(False)
-
-    @classmethod
-    def copy_of(cls, policy: nn.Module) -> LiveReference:
-        """The policy as it is now."""
-        return cls(copy.deepcopy(policy))
-
-    @torch.no_grad()
-    def completion_logps(self, batch: SequenceBatch) -> Tensor:
-        return completion_logps(self.model, batch)
-
-    def to(self, device: torch.device) -> None:
-        self.model.to(device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any, cast
 
@@ -151,8 +151,9 @@ def _read_json(path: Path, source: str) -> datasets.Dataset:
     kinds = dict.fromkeys(TEXT_COLUMNS, TEXT) | OPTIONAL_COLUMNS
     first = next((row for row in _json_values(path, source) if isinstance(row, dict)), {})
     kinds |= {name: MESSAGES for name in TEXT_COLUMNS if first.get(name) and isinstance(first[name], list)}
-    stat = path.stat()
-    stamp = sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode() + Path(__file__).read_bytes())
+    with path.open("rb") as file:
+        stamp = file_digest(file, "sha256")
+    stamp.update(Path(__file__).read_bytes())
     rows = datasets.Dataset.from_generator(
         json_rows,
         features=datasets.Features(kinds | {PROBLEM: TEXT}),

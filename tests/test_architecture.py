@@ -18,7 +18,7 @@ LAYERS = [  # a file imports from the lines above its own only
     ["pairs"],
     ["monitor", "oracle", "policy", "row_faults"],
     ["engines", "reward_models"],
-    ["data", "evaluate", "memory", "records", "rewards"],
+    ["data", "evaluate", "memory", "records", "reference", "rewards"],
     ["checks", "inspection", "module", "sampler"],
     ["analysis", "doctor_report", "model_checks", "report", "response_variance", "runs", "sampled_rows"],
     ["fit", "sample", "stochasticity"],

@@ -19,7 +19,8 @@ from bvpo.errors import UserError
 from bvpo.losses import DPO
 from bvpo.mixing import AlphaEstimate, Fixed, MixingPolicy, Optimal, mean_squared_error, optimal_alpha
 from bvpo.module import BVPO, learning_rate_scale
-from bvpo.policy import LiveReference, sequence_logps
+from bvpo.policy import sequence_logps
+from bvpo.reference import LiveReference
 from tests.conftest import make_rows, write_rows
 
 

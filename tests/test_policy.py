@@ -40,7 +40,8 @@ from bvpo.losses import DPO, PairLogps, SimPO
 from bvpo.mixing import Fixed
 from bvpo.module import BVPO
 from bvpo.pairs import tokenize_row
-from bvpo.policy import LiveReference, load_policy, load_tokenizer, resolve_model, sequence_logps
+from bvpo.policy import load_policy, load_tokenizer, resolve_model, sequence_logps
+from bvpo.reference import LiveReference
 from tests.conftest import make_rows
 
 BETA = 0.1
