@@ -61,6 +61,18 @@ class SequenceBatch(NamedTuple):
         reference = None if self.reference is None else self.reference[index]
         return SequenceBatch(ids, self.prompt_lengths[index], lengths, self.step_pairs, reference)
 
+    def cut(self, most_tokens: int | None) -> list[SequenceBatch]:
+        """The pairs in parts of similar length, each of at most so many tokens, padding included, or of one pair."""
+        if most_tokens is None or not self.pairs:
+            return [self]
+        longest = self.lengths.view(2, -1).amax(0).tolist()
+        parts: list[list[int]] = []
+        for pair in sorted(range(self.pairs), key=longest.__getitem__):
+            if not parts or 2 * (len(parts[-1]) + 1) * longest[pair] > most_tokens:
+                parts.append([])
+            parts[-1].append(pair)
+        return [self.part([*pairs, *(self.pairs + pair for pair in pairs)]) for pairs in parts]
+
 
 class AnchorBatch(NamedTuple):
     """Several traces for each completion of the trace pairs: what the marginal anchor is computed from.

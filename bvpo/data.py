@@ -146,6 +146,9 @@ class PairData(L.LightningDataModule):
         batch_size: Rows of a microbatch on a rank. A row holds four completions.
         accumulate: Microbatches of an optimizer step on a rank; taken from `model.accumulate`.
         tokenizer: Whose tokenizer: a Hub id or folder; taken from `model.policy`.
+        max_tokens: Tokens, padding included, that go through the model at once; a microbatch with more is taken in
+            parts of similar length. Memory is then bounded whatever the lengths, and a microbatch remains a random draw
+            of rows: the statistics' unit. null takes a microbatch at once.
         max_length: Tokens of prompt and completion that a sequence may have; none by default.
         on_overlong: What happens to a row with a longer sequence. `error` refuses it and `drop` leaves it out;
             `truncate_prompt` cuts its prompt's oldest tokens, `truncate_trace` the end of its trace, before the close
@@ -168,6 +171,7 @@ class PairData(L.LightningDataModule):
         batch_size: int = 4,
         accumulate: int = 1,
         tokenizer: str = "builtin:tiny_reasoner",
+        max_tokens: int | None = None,
         max_length: int | None = None,
         on_overlong: OnOverlong = "error",
         on_bad_row: OnBadRow = "error",
@@ -178,11 +182,12 @@ class PairData(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("accumulate", accumulate)):
-            if value < 1:
+        for name, value in (("batch_size", batch_size), ("accumulate", accumulate), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
                 raise UserError(f"{name} must be ≥ 1, got {value}")
         self.sources = {"train": train, "validation": validation}
         self.batch_size, self.accumulate, self.workers, self.seed = batch_size, accumulate, workers, seed
+        self.max_tokens = max_tokens
         self.max_length, self.on_overlong, self.on_bad_row = max_length, on_overlong, on_bad_row
         self.on_one_sided, self.think = on_one_sided, think_format(think)
         self.bucket_by_length = bucket_by_length

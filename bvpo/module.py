@@ -249,25 +249,28 @@ class BVPO(L.LightningModule):
         if not any(weights) and self.monitor is None:
             return
         with self.gradients.collecting(weights) as sketch:
-            if sequences.pairs:
-                policy, reference = sequence_logps(self.policy, sequences), self.reference.logps(sequences)
+            for part in sequences.cut(self._data.max_tokens) if sequences.pairs else ():
+                policy, reference = sequence_logps(self.policy, part), self.reference.logps(part)
                 losses = self.loss(policy, reference)  # (B,)
-                self.manual_backward(losses.sum() / sequences.step_pairs)
-                step.add(branch_metrics(branch, losses.detach(), policy, reference, self.loss.beta), sequences)
+                self.manual_backward(losses.sum() / part.step_pairs)
+                step.add(branch_metrics(branch, losses.detach(), policy, reference, self.loss.beta), part)
         step.add_sketch(branch, sketch, sequences)
 
     def _measure_anchor(self, step: StepRecord, batch: PairBatch) -> None:
         """The marginal loss's gradient on one microbatch, sketched and not mixed in.
 
         ∇L = Σ_k ∂L/∂ℓ_k ∇ℓ_k over the log-probabilities ℓ_k of all its sequences. The coefficients are found first,
-        without a graph; then as many sequences as a branch has are taken through the model at a time.
+        without a graph; then at most as many sequences as a branch has are taken through the model at a time.
         """
         anchors, width = batch.anchors, len(batch.trace.lengths)
         assert self.reference is not None
         if anchors is None:  # no row of this microbatch has a trace pair
             step.sketches["anchor"].append(torch.zeros_like(step.sketches["trace"][-1]))
             return
-        parts = [slice(first, first + width) for first in range(0, len(anchors.completion), width)]
+        budget, size = self._data.max_tokens, width  # sequences at a time
+        if budget is not None:
+            size = min(width, max(1, budget // anchors.sequences.input_ids.shape[1]))
+        parts = [slice(first, first + size) for first in range(0, len(anchors.completion), size)]
         sequences = [anchors.sequences.part(part) for part in parts]
         with torch.no_grad():
             policy = torch.cat([completion_logps(self.policy, part) for part in sequences]).double()

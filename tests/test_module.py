@@ -116,6 +116,19 @@ def test_any_split_of_an_optimizer_batch_trains_the_same(train: Train, batch_siz
     assert relative(*flat) < 1e-5
 
 
+@pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
+def test_a_token_budget_changes_how_a_batch_is_computed_and_nothing_else(train: Train, max_tokens: int) -> None:
+    """Losses, mixed gradient, units and α̂; at 1 token each pair goes through the model alone."""
+    rows = make_rows(32)
+    (_, whole), (_, cut) = (
+        train(rows, 4, 2, steps=3, data_options={"max_tokens": most}) for most in (None, max_tokens)
+    )
+    for a, b in zip(whole.metrics, cut.metrics, strict=True):
+        for key in ("loss/trace", "loss/empty", "logp/empty_chosen_sum", "variance/trace", "gradient/mixed_norm"):
+            assert b.get(key) == (pytest.approx(a[key], rel=1e-4) if key in a else None)
+    assert relative(cut.mixed[-1], whole.mixed[-1]) < 1e-4
+
+
 def test_the_last_optimizer_batch_of_an_epoch_is_smaller_and_weighted_right(train: Train) -> None:
     """10 rows in batches of 8: the second step averages over 2 rows, one microbatch of 2 or two of 1."""
     rows = make_rows(10)
