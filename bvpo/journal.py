@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,24 +33,32 @@ class Journal:
         part: Distinguishes this writer's file.
 
     Raises:
-        UserError: Another process writes this file, or a line before the last one is no record.
+        UserError: Another process writes this file, it cannot be written, or a line before the last one is no record.
     """
 
     def __init__(self, folder: Path, name: str, key: Callable[[dict[str, Any]], Hashable], part: str = "") -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path, self._key = folder / f"{name}{f'.{part}' if part else ''}.jsonl", key
-        self._file = self.path.open("ab", buffering=0)  # nothing waits in memory for a disk that is full
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab", buffering=0)  # nothing waits in memory for a disk that is full
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise UserError(f"{self.path}: another process is writing this file; wait for it, or stop it") from None
-        _cut_torn_line(self.path)
-        self._file.seek(0, os.SEEK_END)
-        self._places: dict[Hashable, tuple[Path, int]] = {}
-        for path in sorted(folder.glob(f"{name}*.jsonl")):
-            for place, record in _records(path):
-                self._places.setdefault(key(record), (path, place))
+            _cut_torn_line(self.path)
+            self._file.seek(0, os.SEEK_END)
+            self._places: dict[Hashable, tuple[Path, int]] = {}
+            for path in sorted(folder.glob(f"{name}*.jsonl")):
+                for place, found in _records(path, key):
+                    self._places.setdefault(found, (path, place))
+        except BaseException as error:
+            self._file.close()  # and the lock with it
+            if isinstance(error, BlockingIOError):
+                busy = f"{self.path}: another process is writing this file; wait for it, or stop it"
+                raise UserError(busy) from None
+            if isinstance(error, OSError):
+                raise UserError(f"{self.path}: cannot be locked or read: {error.strerror}") from error
+            raise
         self._synced = time.monotonic()
 
     def __len__(self) -> int:
@@ -68,6 +77,9 @@ class Journal:
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 self.sync()
         except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), place)  # what comes next does not stand behind half a record
+                self._file.seek(place)
             raise UserError(
                 f"{self.path}: cannot be written: {error.strerror}. What is in it is kept: make room and start again"
             ) from error
@@ -113,18 +125,19 @@ def _cut_torn_line(path: Path) -> None:
             file.truncate(end)
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Places and records of a file; a torn last line, which another writer is still at, is left out."""
+def _records(path: Path, key: Callable[[dict[str, Any]], Hashable]) -> Iterator[tuple[int, Hashable]]:
+    """Places and keys of a file's records; a torn last line, which another writer is still at, is left out."""
     place = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
             try:
-                yield place, json.loads(line)
-            except ValueError:
+                found = key(json.loads(line))
+            except (ValueError, TypeError, KeyError):
                 raise UserError(
                     f"{path}, line {number}: expected one JSON record, found {line[:40]!r}: the file is damaged; "
                     "delete this line, and what it held is made anew"
                 ) from None
+            yield place, found
             place += len(line)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from bvpo.errors import UserError
 from bvpo.traces import Mode, ThinkFormat, answer_of, join, split
 
-Problem = Literal["cut", "unfinished trace", "no answer", "ids differ", "no score"]
+Problem = Literal["cut", "think block", "unfinished trace", "no answer", "ids differ", "no score"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ def problem_of(
 ) -> tuple[Problem | None, str, str]:
     """Why a completion without its stop token may not enter a pair, if it may not; its trace and its answer.
 
+    A completion that opens a think block behind the one of its prompt is `think block`: no row may hold it.
+
     Args:
         same_ids: Whether the text is tokenized into the ids that were sampled: what is trained on is what was sampled.
     """
@@ -63,6 +65,8 @@ def problem_of(
     trace = split(text, think).trace if mode == "thinking" else ""
     if finish_reason == "length":
         return "cut", trace, answer or ""
+    if text.lstrip().startswith(think.open) and (mode == "no_thinking" or think.prompt_opens):
+        return "think block", trace, answer or ""
     if answer is None:
         return "unfinished trace", trace, ""
     if not answer:

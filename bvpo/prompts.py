@@ -64,9 +64,14 @@ def load_prompts(source: str, limit: int | None = None, seed: int = 0, reference
     for number, row in enumerate(read_records(source), 1):
         prompt = prompt_of(row, f"{source}, row {number}", reference)
         before = prompts.setdefault(prompt.id, prompt)
-        if before != prompt:
+        if before.conversation != prompt.conversation:
             raise UserError(
                 f"{source}, row {number}: the prompt_id {prompt.id!r} is another row's, with another prompt"
+            )
+        if before.reference != prompt.reference:
+            raise UserError(
+                f"{source}, row {number}: an earlier row's prompt with another reference, {prompt.reference!r} instead "
+                f"of {before.reference!r}: leave one of the rows out, or give each a prompt_id"
             )
         repeated += before is not prompt
         if len(prompts) == limit:
@@ -88,15 +93,15 @@ def prompt_of(row: Mapping[str, Any], where: str, reference: str | None = None) 
     if reference is not None and reference not in row:
         raise UserError(f"{where}: no column {reference}; it has {', '.join(row)}")
     answers = [row[name] for name in ([reference] if reference else REFERENCES) if row.get(name) is not None]
-    name = row.get("prompt_id") or row.get("id")
+    name = next((row[name] for name in ("prompt_id", "id") if row.get(name) not in (None, "")), None)
     digest = hashlib.sha256(json.dumps(conversation, sort_keys=True).encode()).hexdigest()[:16]
     return Prompt(digest if name is None else str(name), conversation, str(answers[0]) if answers else None)
 
 
 def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
     for name in MESSAGES:
-        if isinstance(row.get(name), list):
-            return _until_user(row[name])
+        if isinstance(row.get(name), list) and (turns := _until_user(row[name])):
+            return turns  # an assistant's turn alone answers a prompt that is elsewhere in the row
     for name in TEXTS:
         text = row.get(name)
         if isinstance(text, str) and text.strip():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,40 +44,42 @@ BLOCK = 500  # rows in memory
 def write_rows(path: Path, rows: Iterable[dict[str, Any]], leave_out: Collection[str] = ()) -> int:
     """Write the rows, without the columns to leave out, and return their number.
 
-    Written under another name, synced, renamed: an older file is replaced by a whole one.
+    Written under another name, synced, renamed: an older file is replaced by a whole one, or not touched.
 
     Raises:
-        UserError: The disk takes no more.
+        UserError: The file cannot be written, or the disk takes no more.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
-    blocks, count = _blocks(rows), 0
     schema = pa.schema([field for field in SCHEMA if field.name not in leave_out])
+    write = _write_parquet if path.suffix == ".parquet" else _write_jsonl
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as file:
-            writer: pq.ParquetWriter | None = None
-            for block in blocks:
-                if path.suffix == ".parquet":
-                    writer = writer or pq.ParquetWriter(file, schema, compression="zstd")
-                    writer.write_table(pa.Table.from_pylist(block, schema))
-                else:
-                    lines = (
-                        json.dumps({name: row[name] for name in schema.names}, ensure_ascii=False) for row in block
-                    )
-                    file.write("".join(f"{line}\n" for line in lines).encode())
-                count += len(block)
-            if path.suffix == ".parquet":
-                (writer or pq.ParquetWriter(file, schema)).close()
+            count = write(file, rows, schema)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
     return count
 
 
-def _blocks(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    iterator = iter(rows)
-    while block := list(islice(iterator, BLOCK)):
-        yield block
+def _write_jsonl(file: BinaryIO, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
+    count = 0
+    for row in rows:
+        line = json.dumps({name: row[name] for name in schema.names}, ensure_ascii=False)
+        file.write(line.encode() + b"\n")
+        count += 1
+    return count
+
+
+def _write_parquet(file: BinaryIO, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
+    count, iterator = 0, iter(rows)
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        while block := list(islice(iterator, BLOCK)):
+            writer.write_table(pa.Table.from_pylist(block, schema))
+            count += len(block)
+    return count
