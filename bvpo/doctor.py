@@ -121,7 +121,7 @@ def diagnose(cli: DoctorCLI) -> Diagnosis:
     estimate, kept = None, train.kept
     if kept:
         precision = str(config.trainer.precision or "32-true")
-        shape, batch = model_shape(module.policy_name), batch_shape(train, kept, data.batch_size)
+        shape, batch = model_shape(module.policy_name), batch_shape(train, kept, data.batch_size, data.max_tokens)
         sketches, width = sketches_of(module, data), min(shape.parameters, module.sketch_size)
         facts = MemoryFacts(
             shape,
@@ -132,6 +132,7 @@ def diagnose(cli: DoctorCLI) -> Diagnosis:
             ranks=machine.ranks,
             sharded=machine.sharded,
             gpu=machine.gpu,
+            reference=module.reference_logps == "live",
         )
         estimate = memory_estimate(facts)
         checks += [check_memory(estimate, machine), *size_checks(train, shape, batch.tokens)]
@@ -149,14 +150,14 @@ def diagnose(cli: DoctorCLI) -> Diagnosis:
 def sketches_of(module: BVPO, data: PairData) -> int:
     """Sketches that the statistics keep: the windows' units, and those of the running step.
 
-    A unit has two, three with an anchor, in a window of its own; torchmetrics keeps each window's empty state as well.
+    A unit has two, three with an anchor, in a window of its own.
     """
     mixing = module.mixing
     if not mixing.window:
         return 0
     estimators, windows = (3, 5) if mixing.anchor == "marginal" else (2, 2)
     units = 1 if data.bucket_by_length else module.accumulate
-    return 2 * windows * mixing.window * units + estimators * module.accumulate + 2
+    return windows * mixing.window * units + estimators * module.accumulate + 2
 
 
 def size_checks(train: Inspection, shape: ModelShape, longest: int) -> list[Check]:
@@ -189,6 +190,7 @@ def model_checks(
         return [Check(name, "skipped", reason) for name in ("labels", "start")]
     rows = sorted((e.ids for e in train.sample.examples), key=lambda ids: ids["length"])[:MODEL_ROWS]
     dtype = DTYPES.get(precision, torch.float32)
+    module.reference_logps = "live"  # a cache of all rows is not asked for
     with default_dtype(dtype), torch.no_grad():
         module.configure_model()
     batch = collate(rows, 0)

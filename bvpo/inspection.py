@@ -77,8 +77,8 @@ def length_table(found: Inspection) -> dict[str, dict[str, Any]]:
     return table
 
 
-def batch_shape(found: Inspection, kept: Sequence[int], batch_size: int) -> BatchShape:
-    """The largest microbatch that the rows could make: the longest ones, in the branch that has more tokens."""
+def batch_shape(found: Inspection, kept: Sequence[int], batch_size: int, max_tokens: int | None = None) -> BatchShape:
+    """The most that goes through the model at once: the longest rows, in the branch that has more tokens."""
     table = found.tokenized.data
     counts = {name: pc.list_value_length(table.column(name)).to_numpy() for pair in SEQUENCES.values() for name in pair}
     anchors = max((found.report.lengths[index][-1] for index in kept), default=0)
@@ -89,8 +89,9 @@ def batch_shape(found: Inspection, kept: Sequence[int], batch_size: int) -> Batc
         if not rows:
             continue
         longest = max(int(counts[prompt][i] + max(counts[chosen][i], counts[rejected][i])) for i in rows)
-        completions = sorted((int(counts[chosen][i] + counts[rejected][i]) for i in rows), reverse=True)[:batch_size]
+        pairs = batch_size if max_tokens is None else min(batch_size, max(1, max_tokens // (2 * longest)))
+        completions = sorted((int(counts[chosen][i] + counts[rejected][i]) for i in rows), reverse=True)[:pairs]
         longest = max(longest, anchors) if branch == "trace" else longest
         scored = longest - int(min(counts[prompt][i] for i in rows)) + 1
-        shapes.append(BatchShape(2 * min(batch_size, len(rows)), longest, scored, sum(completions)))
+        shapes.append(BatchShape(2 * min(pairs, len(rows)), longest, scored, sum(completions)))
     return max(shapes, key=lambda shape: shape.tokens)
