@@ -39,6 +39,7 @@ from bvpo.gradients import GradientMixer, Group, layer_groups, single_group
 from bvpo.losses import DPO, PreferenceLoss
 from bvpo.mixing import Fixed, MixingPolicy
 from bvpo.monitor import GradientMonitor
+from bvpo.packed import use_packed_attention
 from bvpo.policy import completion_logps, load_policy, resolve_model, sequence_logps
 from bvpo.records import StepRecord, branch_metrics, gradient_metrics
 from bvpo.reference import CachedReference, LiveReference, Reference, ReferenceCache, weights_fingerprint
@@ -65,6 +66,10 @@ class BVPO(L.LightningModule):
         accumulate: Microbatches of an optimizer step on a rank.
         clip: Largest norm of the mixed gradient; 0 does not clip.
         sketch_size: Numbers kept of a unit's gradient for the statistics; a smaller model's gradient is kept exactly.
+        packing: `auto` computes sequences without padding, and a prompt that chosen and rejected share once, where the
+            model's architecture allows it; `off` pads.
+        activation_checkpointing: Keep the layers' inputs alone for the backward pass and compute the rest again: less
+            memory for about a third more time.
     """
 
     def __init__(
@@ -83,6 +88,8 @@ class BVPO(L.LightningModule):
         accumulate: int = 1,
         clip: float = 1.0,
         sketch_size: int = 65_536,
+        packing: Literal["auto", "off"] = "auto",
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -101,6 +108,7 @@ class BVPO(L.LightningModule):
                 resolve_model(model)
         self.policy_name, self.reference_name = policy, reference
         self.reference_logps, self.reference_cache = reference_logps, reference_cache
+        self.packing, self.activation_checkpointing = packing, activation_checkpointing
         self.loss = loss if beta is None else loss.with_beta(beta)
         self.mixing = mixing
         if mixing.anchor == "marginal" and not isinstance(self.loss, DPO):
@@ -123,7 +131,9 @@ class BVPO(L.LightningModule):
             return
         if self._trainer is not None:
             check_trainer(self.trainer)
-        self.policy = load_policy(self.policy_name, torch.get_default_dtype())
+        self.policy = self._load(self.policy_name)
+        if self.activation_checkpointing:
+            self.policy.gradient_checkpointing_enable({"use_reentrant": False})
         if self.reference_logps == "cached":
             self._reference_weights = weights_fingerprint(self._load_reference() or self.policy)
             self.reference = CachedReference()
@@ -135,12 +145,19 @@ class BVPO(L.LightningModule):
             dtype = torch.promote_types(self.policy.dtype, torch.float32)
             self.monitor = GradientMonitor(self.mixing, self._groups(), units, dtype)
 
+    def _load(self, name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """A model, by default in the trainer's precision, that packs its sequences where it can."""
+        model = load_policy(name, dtype or torch.get_default_dtype())
+        if self.packing == "auto" and (fault := use_packed_attention(model)):
+            rank_zero_warn(f"{name}: sequences are padded, packing is not right for this model: {fault}")
+        return model
+
     def _load_reference(self) -> PreTrainedModel | None:
         """The reference as it is on the disk; None where that is what the policy starts from."""
         if self.reference_name in (None, self.policy_name):
             return None
         assert self.reference_name is not None
-        return load_policy(self.reference_name, torch.get_default_dtype())
+        return self._load(self.reference_name)
 
     def _cache_reference(self) -> None:
         """Give the rows their reference's log-probabilities, computed where the disk does not have them yet."""
@@ -153,7 +170,8 @@ class BVPO(L.LightningModule):
         if any(cache.missing() for cache in caches.values()):
             model: Any = self.policy
             if weights_fingerprint(model) != self._reference_weights:  # another reference, or a resumed run
-                model = load_policy(self.reference_name or self.policy_name, self.policy.dtype).to(self.device)  # type: ignore[arg-type]
+                name = self.reference_name or self.policy_name
+                model = self._load(name, self.policy.dtype).to(self.device)  # type: ignore[arg-type]
             bars = self.trainer.progress_bar_callback is not None
             for name, cache in caches.items():
                 cache.compute(

@@ -25,6 +25,7 @@ from transformers import (
 from bvpo.batches import SequenceBatch
 from bvpo.errors import UserError
 from bvpo.losses import PairLogps, token_logps
+from bvpo.packed import is_packed, packed_logps
 
 BUILTIN = {"builtin:tiny_reasoner": Path(__file__).parent / "assets" / "tiny_reasoner"}
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
@@ -127,7 +128,14 @@ def by_side(sums: Tensor, batch: SequenceBatch) -> PairLogps:
 
 
 def completion_logps(model: nn.Module, batch: SequenceBatch) -> Tensor:
-    """(S,) log π(completion | prompt) of padded sequences, in nats.
+    """(S,) log π(completion | prompt), in nats: in one packed row where the model has `use_packed_attention`."""
+    if is_packed(model):
+        return packed_logps(cast(PreTrainedModel, model), batch)
+    return padded_logps(model, batch)
+
+
+def padded_logps(model: nn.Module, batch: SequenceBatch) -> Tensor:
+    """(S,) the same of padded sequences, by the model's own forward pass: what packing is measured against.
 
     Logits are computed from the shortest prompt's end on only, where the model can do so.
     """

@@ -19,6 +19,7 @@ from bvpo.errors import UserError
 from bvpo.losses import DPO
 from bvpo.mixing import AlphaEstimate, Fixed, MixingPolicy, Optimal, mean_squared_error, optimal_alpha
 from bvpo.module import BVPO, learning_rate_scale
+from bvpo.packed import is_packed
 from bvpo.policy import sequence_logps
 from bvpo.reference import LiveReference
 from tests.conftest import make_rows, write_rows
@@ -114,6 +115,24 @@ def test_any_split_of_an_optimizer_batch_trains_the_same(train: Train, batch_siz
         assert relative(second, first) < 1e-5
     flat = [torch.nn.utils.parameters_to_vector(m.policy.parameters()) for m in (split, whole)]
     assert relative(*flat) < 1e-5
+
+
+@pytest.mark.parametrize("reference_logps", ["live", "cached"])
+def test_packing_changes_how_a_batch_is_computed_and_nothing_else(train: Train, reference_logps: str) -> None:
+    """Losses, statistics and mixed gradient of packed and padded batches, over two steps."""
+    options = {"naive": True, "steps": 2, "reference_logps": reference_logps}
+    (packed, one), (padded, two) = (train(make_rows(16), 4, 2, packing=how, **options) for how in ("auto", "off"))
+    assert is_packed(packed.policy) and not is_packed(padded.policy)
+    for a, b in zip(one.metrics, two.metrics, strict=True):
+        for key in ("loss/trace", "loss/empty", "variance/trace", "variance/covariance", "gradient/cosine"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+    assert relative(one.mixed[-1], two.mixed[-1]) < 1e-4
+
+
+def test_activation_checkpointing_gives_the_same_gradient(train: Train) -> None:
+    """Bit for bit: what is computed again is computed alike."""
+    (_, plain), (_, again) = (train(make_rows(8), 4, 2, steps=1, activation_checkpointing=on) for on in (False, True))
+    assert torch.equal(plain.mixed[0], again.mixed[0])
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
