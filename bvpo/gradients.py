@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 CHUNK = 1 << 22  # elements sketched at a time: bounds the scratch memory, 20 bytes an element
+KEPT = 1 << 26  # parameters of a model whose signs are kept: hashing them takes longer than adding; a byte each
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Piece:
     Attributes:
         elements: Which of the flat parameter's.
         target: (N,) the numbers they are added to: a view of the sketch.
-        signs: (N,) ±1 in the sketch's dtype.
+        signs: (N,) ±1, in the sketch's dtype, or int8 where the model is not that small.
     """
 
     elements: slice
@@ -157,19 +158,21 @@ class GradientMixer:
         return places
 
     def _cut(self, index: int) -> list[Piece] | None:
-        """A parameter of a small model cut where the sketch begins anew; None where signs are better hashed anew.
+        """A parameter cut where the sketch begins anew, with its signs; None where the model is too large to keep them.
 
-        Small gradients are many: views and signs that are ready halve the cost of their sketch.
+        Small gradients are many: views and signs that are ready are most of the cost of their sketch.
         """
         number, start, offset = self._places[index]
         sketch, end = self.groups[number].sketch, offset + self.parameters[index].numel()
-        if sketch.parameters > CHUNK:
+        if sketch.parameters > KEPT:
             return None
+        kept = self._sketch.dtype if sketch.parameters <= CHUNK else torch.int8
         borders = range((offset // sketch.width + 1) * sketch.width, end, sketch.width)
         target = self._sketch[start : start + sketch.width]
         own = torch.ones(end - offset) if sketch.exact else signs(offset, end - offset, sketch.seed, target.device)
         parts = [(slice(a - offset, b - offset), a % sketch.width) for a, b in pairwise([offset, *borders, end])]
-        return [Piece(part, target[first:][: part.stop - part.start], own[part].to(target)) for part, first in parts]
+        own = own.to(kept)
+        return [Piece(part, target[first:][: part.stop - part.start], own[part]) for part, first in parts]
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
         number, start, offset = self._places[index]
@@ -185,7 +188,8 @@ class GradientMixer:
                 if pieces is None:
                     sketch.add_(self._sketch[start : start + sketch.width], flat, offset)
                 for piece in pieces or ():
-                    piece.target.addcmul_(flat[piece.elements].to(piece.signs.dtype), piece.signs)
+                    target = piece.target
+                    target.addcmul_(flat[piece.elements].to(target.dtype), piece.signs.to(target.dtype))
             mixed, weight = self._mixed[index], self._weights[number]
             if mixed is not None:
                 mixed.add_(gradient, alpha=weight)

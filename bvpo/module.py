@@ -208,7 +208,7 @@ class BVPO(L.LightningModule):
         return self._trainer is not None and self._data.bucket_by_length
 
     def configure_optimizers(self) -> Any:
-        optimizer = AdamW(self._trained(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = AdamW(self._trained(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
         total = self.total_steps
         scale = LambdaLR(optimizer, lambda step: learning_rate_scale(step, total, self.warmup_steps, self.schedule))
         return [optimizer], [scale]

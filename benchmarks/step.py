@@ -1,0 +1,219 @@
+"""One optimizer step of BVPO beside TRL's and beside the least that it must compute; in turn, in one run.
+
+    python benchmarks/step.py [--dtype fp32|bf16|both] [--repeats 7] [--only NAME …] [--json figures.json]
+
+All variants train the same weights on the same tokens: rows of a trace pair and an empty-trace pair. They differ in
+what they compute for it:
+
+    trl       `DPOTrainer.train()` on all pairs together, padded jointly; a callback times each of its steps
+    joint     our `completion_logps` on all pairs together, padded jointly: one forward and one backward pass, cached
+              reference, plain PyTorch around it
+    padded    `Trainer.fit(BVPO)`, timed by a callback: a pass for the trace pairs, then one for the empty-trace pairs
+    packed    the same without padding and with each prompt once
+
+each with the reference in memory (`live`) or its log-probabilities computed before (`cached`); BVPO also with its
+gradient statistics (`+α̂`: sketches, a full window, α̂ and its jackknife). A step ends with clipping to norm 1 and AdamW,
+in each package's default form (fused in TRL). No gradient checkpointing, no dropout, no logging, sdpa; `bf16` is
+weights, gradients and optimizer in bf16. TRL also computes entropy, accuracy and mean logits at every step: that is
+no option of its.
+
+Every variant lives in a process of its own and steps when it is told to, so that they take turns in a new random order
+each round. Ratios are taken within a round; their medians, least and largest are shown. They are of CPU times, or of
+wall times on a GPU. Memory is the peak of PyTorch's allocations in a step above what was allocated before it (weights,
+reference, AdamW's moments, window), counted by its allocator in a step that is not timed.
+
+The floor is the step's necessary products (packed, prompts once, causal attention, logits of completion tokens alone;
+a backward pass twice a forward pass) at the rate of a large product of the model's shape, timed in the same rounds.
+
+The default lengths and seed are chosen for 7,440 tokens a forward pass where all pairs are padded jointly, 5,520 where
+each estimator's are, 4,016 packed and 3,276 with each prompt once (the run that this table is compared with had 7,424,
+5,472, 4,032 and 3,284).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+from turns import CUDA, Step, measure
+from variants import PRODUCT, TRL, VARIANTS, Case, Row, Setting, Variant, all_pairs, product_flops, run
+
+Steps = dict[Variant, list[Step]]  # of which the last one's memory was counted
+
+# ---------------------------------------------------------------------- what must be computed
+
+
+def count_tokens(rows: list[Row]) -> dict[str, int]:
+    """Tokens that a forward pass of the policy takes in one step."""
+    pairs = all_pairs(rows)
+    lengths = [[len(pair["prompt"]) + len(pair[side]) for side in ("chosen", "rejected")] for pair in pairs]
+    longest = [max(own) for own in lengths]
+    packed, trace = sum(map(sum, lengths)), len(rows)
+    return {
+        "joint": 2 * len(pairs) * max(longest),
+        "padded": 2 * trace * max(longest[:trace]) + 2 * trace * max(longest[trace:]),
+        "packed": packed,
+        "shared": packed - sum(len(pair["prompt"]) for pair in pairs),
+    }
+
+
+def necessary_flops(setting: Setting, rows: list[Row], passes: int) -> dict[str, float]:
+    """Multiplications and additions of so many forward passes, prompts once: in layers, attention and head."""
+    config = setting.config().get_text_config()
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).named_parameters()
+    weights = sum(p.numel() for name, p in parameters if p.ndim == 2 and ".layers." in name)
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_hidden_layers * config.num_attention_heads * head_width
+    attended = scored = 0
+    for pair in all_pairs(rows):
+        prompt = len(pair["prompt"])
+        attended += prompt * (prompt + 1) // 2
+        for completion in (len(pair["chosen"]), len(pair["rejected"])):
+            attended += completion * prompt + completion * (completion + 1) // 2
+            scored += completion
+    return {
+        "layers": passes * 2.0 * weights * count_tokens(rows)["shared"],
+        "attention": passes * 4.0 * attended * width,
+        "head": passes * 2.0 * scored * config.vocab_size * config.hidden_size,
+    }
+
+
+# ---------------------------------------------------------------------- the report
+
+
+def ratios(steps: Steps, above: Variant, below: Variant, factor: float = 1.0) -> list[float]:
+    """Of the times of one round, round by round; none where one of them was left out."""
+    if below not in steps:
+        return []
+    return [factor * a.seconds / b.seconds for a, b in zip(steps[above][:-1], steps[below][:-1], strict=True)]
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    return {"median": median(values), "least": min(values), "largest": max(values)} if values else {}
+
+
+def shown(values: list[float]) -> str:
+    return f"{median(values):.2f} ({min(values):.2f}–{max(values):.2f})" if values else "–"
+
+
+def report(variants: list[Variant], setting: Setting, repeats: int, console: Console) -> dict[str, Any]:
+    """Measure at one precision and print the table."""
+    cases = [Case(variant, setting) for variant in [PRODUCT, *variants]]
+    steps = {case.variant: own for case, own in measure(run, cases, repeats, setting.threads, console.print).items()}
+    rows = setting.make_rows()
+    tokens = count_tokens(rows)["packed"]
+    flops = {name: necessary_flops(setting, rows, passes) for name, passes in (("live", 4), ("cached", 3))}
+    table = Table("variant", "CPU s", "wall s", "over TRL", "over the floor", "tokens/s", "memory MiB")
+    figures: dict[str, Any] = {}
+    for variant in variants:
+        if variant not in steps:
+            continue
+        timed = steps[variant][:-1]
+        over_trl = ratios(steps, variant, TRL)
+        floor = sum(flops[variant.reference].values()) / product_flops(setting)  # in products
+        over_floor = ratios(steps, variant, PRODUCT, 1 / floor)
+        cpu, wall = median(step.cpu for step in timed), median(step.wall for step in timed)
+        rate = tokens / median(step.seconds for step in timed)
+        memory = (steps[variant][-1].peak or 0) / 2**20
+        cells = [f"{cpu:.3f}", f"{wall:.3f}", shown(over_trl), shown(over_floor), f"{rate:.0f}", f"{memory:.0f}"]
+        table.add_row(variant.name, *cells)
+        figures[variant.name] = {
+            "cpu_seconds": [step.cpu for step in timed],
+            "wall_seconds": [step.wall for step in timed],
+            "over": {other.name: summary(ratios(steps, variant, other)) for other in steps if other is not PRODUCT},
+            "over_floor": summary(over_floor),
+            "tokens_per_second": rate,
+            "working_mib": memory,
+        }
+    gflops = product_flops(setting) / median(step.seconds for step in steps[PRODUCT][:-1]) / 1e9
+    console.print(f"\n{setting.dtype}: the large product at {gflops:.1f} GFLOP/s", highlight=False)
+    console.print(table)
+    return {"variants": figures, "product_gflops_per_second": gflops, "necessary_flops": flops}
+
+
+def facts(setting: Setting) -> dict[str, Any]:
+    """With what the figures were measured."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True)
+    names = ("torch", "lightning", "transformers", "trl", "liger_kernel")
+    found = {name: importlib.import_module(name) for name in names if importlib.util.find_spec(name)}
+    return {
+        "setting": asdict(setting),
+        "versions": {name: getattr(module, "__version__", "?") for name, module in found.items()},
+        "python": platform.python_version(),
+        "machine": torch.cuda.get_device_name() if CUDA else platform.machine(),
+        "threads": setting.threads,
+        "load": round(os.getloadavg()[0], 1),  # processes that want a core, as the run begins
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Setting()
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "both"], default="both")
+    for name in ("prompt", "trace", "answer"):
+        bounds: Any = {"nargs": 2, "type": int, "default": getattr(default, name), "metavar": ("LOW", "HIGH")}
+        parser.add_argument(f"--{name}-tokens", dest=name, **bounds)
+    for name in ("rows", "layers", "hidden", "vocabulary", "threads", "seed"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(default, name))
+    parser.add_argument("--model", metavar="FOLDER", help="a real model instead of a random one")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds, after one that warms up")
+    parser.add_argument("--only", nargs="+", choices=[v.name for v in VARIANTS], metavar="NAME", help="variants")
+    parser.add_argument("--json", metavar="FILE", help="write all figures to this file too")
+    options = parser.parse_args()
+    for name in ("prompt", "trace", "answer"):
+        low, high = getattr(options, name)
+        if not 1 <= low <= high:
+            parser.error(f"--{name}-tokens {low} {high}: expected 1 ≤ LOW ≤ HIGH")
+    if options.model is not None and not Path(options.model, "config.json").is_file():
+        parser.error(f"--model {options.model}: no config.json there; give a folder saved by `save_pretrained`")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    names = [name for name in asdict(Setting()) if name != "dtype"]
+    given: dict[str, Any] = {name: getattr(options, name) for name in names}
+    given |= {name: tuple(bounds) for name, bounds in given.items() if isinstance(bounds, list)}
+    setting = Setting(**given)
+    variants = [variant for variant in VARIANTS if not options.only or variant.name in options.only]
+    console = Console(width=110)
+    if importlib.util.find_spec("trl") is None:
+        console.print("trl is not installed: its variants are left out")
+        variants = [variant for variant in variants if variant.kind != "trl"]
+
+    tokens = count_tokens(setting.make_rows())
+    figures = facts(setting) | {"tokens": tokens}
+    console.print("tokens a forward pass: " + ", ".join(f"{name} {number:,}" for name, number in tokens.items()))
+    if tokens["padded"] == tokens["packed"]:
+        console.print("an estimator's sequences are all of one length: packing saves no padding, only repeated prompts")
+    with tempfile.TemporaryDirectory() as folder:
+        saved = setting.with_weights(folder)
+        for dtype in ["fp32", "bf16"] if options.dtype == "both" else [options.dtype]:
+            figures[dtype] = report(variants, replace(saved, dtype=dtype), options.repeats, console)
+    for name in ("versions", "python", "machine", "threads", "load", "date", "commit"):
+        console.print(f"{name:10} {figures[name]}", highlight=False)
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
