@@ -9,16 +9,17 @@ from typing import Any
 
 import datasets
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from bvpo.checkpoints import LAST, AtomicCheckpointIO, StepCheckpoint
 from bvpo.checks import quick_checks, require
 from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.module import BVPO, check_trainer
 from bvpo.report import StepProgress, print_report
-from bvpo.runs import checkpoint_step, claim_version, find_checkpoint, quiet_lightning, run_loggers
+from bvpo.runs import changed_options, claim_version, find_start, mark_finished, quiet_lightning, run_loggers
+from bvpo.stopping import Stopped, StopSignals, outside_cause
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs",
@@ -27,8 +28,12 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # the sampler cuts optimizer batches over ranks itself
 }
-CHECKPOINT_DEFAULTS = {"checkpoint.save_last": True, "checkpoint.save_top_k": 0, "checkpoint.every_n_train_steps": 25}
-
+CHECKPOINT_DEFAULTS = {
+    "checkpoint.save_last": True,
+    "checkpoint.save_top_k": 0,
+    "checkpoint.every_n_train_steps": 25,
+    "checkpoint.enable_version_counter": False,  # one last.ckpt a run, also where the run's folder was moved
+}
 
 USAGE = "python -m bvpo.fit --config FILE [--config FILE ...] [--OPTION VALUE ...]"
 
@@ -44,7 +49,7 @@ class FitCLI(LightningCLI):
             help="Go on from this checkpoint; `last`: from the newest run's, in its folder.",
         )
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; null: torch's own choice.")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")  # type: ignore[arg-type]
+        parser.add_lightning_class_args(StepCheckpoint, "checkpoint")  # type: ignore[arg-type]
         parser.set_defaults(CHECKPOINT_DEFAULTS)
         parser.link_arguments("model.policy", "data.tokenizer")
         parser.link_arguments("model.accumulate", "data.accumulate")
@@ -55,7 +60,7 @@ class FitCLI(LightningCLI):
         if trainer.max_steps == -1 and trainer.max_epochs is None:
             trainer.max_epochs = 1
         if trainer.enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"] = [StepProgress()]
+            self.trainer_defaults.setdefault("callbacks", []).append(StepProgress())
         else:
             datasets.disable_progress_bars()
         if trainer.accumulate_grad_batches != 1 or trainer.gradient_clip_val is not None:
@@ -70,44 +75,72 @@ class FitCLI(LightningCLI):
         if self.config.model.beta is not None:  # the saved config then names one beta
             self.config.model.loss.init_args.beta = self.config.model.beta
         self.root = Path(trainer.default_root_dir)
-        self.checkpoint, self.version, self.resumed_at = None, None, None
-        if self.config.ckpt_path is not None:
-            self.checkpoint, self.version = find_checkpoint(self.root, self.config.ckpt_path)
-            self.resumed_at = checkpoint_step(self.checkpoint)
-            if self.version is not None:  # the folder has a config.yaml already
-                self.save_config_kwargs = {"config_filename": f"config_resumed_at_{self.resumed_at}.yaml"}
-                self.save_config_kwargs["overwrite"] = True
+        self.limits = {name: trainer[name] and str(trainer[name]) for name in ("max_epochs", "max_time")}
+        self.limits["max_steps"] = trainer.max_steps
+        self.start = find_start(self.root, self.config.ckpt_path, self.limits)
+        self.changed: list[str] = []
+        if self.start.version is not None:  # the folder may have a config.yaml already
+            config = self.root / f"version_{self.start.version}" / "config.yaml"
+            self.changed = changed_options(config, self.parser.dump(self.config, skip_none=False))
+            name = config.name if self.start.checkpoint is None else f"config_resumed_at_{self.start.step}.yaml"
+            self.save_config_kwargs = {"config_filename": name, "overwrite": True}
 
     def fit(self) -> None:
         check_trainer(self.trainer)  # before it starts further processes
         require(quick_checks(self.datamodule), str(self.datamodule.sources["train"]))
+        start, folder = self.start, None
+        if self.changed:
+            print("options that changed since this run was started:", *self.changed, sep="\n  ")
         if self.config.trainer.logger in (None, True):
-            version = claim_version(self.root) if self.version is None else self.version
-            resumed_at = None if self.version is None else self.resumed_at
-            self.trainer.loggers = run_loggers(self.root, version, resumed_at)
-        path = None if self.checkpoint is None else str(self.checkpoint)
-        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
+            version = claim_version(self.root) if start.version is None else start.version
+            folder = self.root / f"version_{version}"
+            self.trainer.loggers = run_loggers(self.root, version, None if start.version is None else start.step)
+        path = start.checkpoint
+        if path is not None and start.version is not None:
+            path = path.replace(path.with_name(LAST))  # a later last.ckpt has to be made again
+        self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path and str(path), weights_only=True)
+        if folder is not None and self.trainer.state.finished:
+            mark_finished(folder, self.trainer.global_step, self.limits)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, or 2 after an error that the user can mend."""
+    """Run the command line. Returns the exit code: 0; 2 after an error that the user can mend; 130 and 143 when stopped
+    by Ctrl-C and SIGTERM."""
     quiet_lightning()
     try:
-        cli = FitCLI(
-            BVPO,
-            PairData,
-            run=False,
-            args=None if args is None else list(args),
-            seed_everything_default=0,
-            trainer_defaults=dict(TRAINER_DEFAULTS),
-            parser_kwargs={"prog": "python -m bvpo.fit", "description": __doc__, "usage": USAGE},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
-        cli.fit()
+        with StopSignals() as signals:
+            return _run(args, signals)
     except (UserError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    except Exception as error:
+        if (message := outside_cause(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+
+
+def _run(args: Sequence[str] | None, signals: StopSignals) -> int:
+    cli = FitCLI(
+        BVPO,
+        PairData,
+        run=False,
+        args=None if args is None else list(args),
+        seed_everything_default=0,
+        trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [signals]},
+        parser_kwargs={"prog": "python -m bvpo.fit", "description": __doc__, "usage": USAGE},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )
+    if cli.start.said:
+        print(cli.start.said)
+    if cli.start.finished:
+        return 0
+    cli.fit()
     print_report(cli.trainer, cli.model, str(cli.root))
     return 0 if cli.trainer.state.finished else 1
 

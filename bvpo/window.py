@@ -54,7 +54,7 @@ class GradientWindow(Metric):
 
     def _keep(self, name: str, default: Tensor) -> None:
         self.add_state(name, default, dist_reduce_fx=None, persistent=True)
-        self._defaults[name] = default.reshape(-1)[0].clone().expand(default.shape)  # else a copy, as large as the state
+        self._defaults[name] = default.reshape(-1)[0].clone().expand(default.shape)  # else a copy as large
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
         """Follow the model to its device, but not to bf16: sums of products need their precision."""

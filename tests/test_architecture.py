@@ -12,20 +12,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "bvpo"
 LAYERS = [  # a file imports from the lines above its own only
     ["errors", "math_check", "tasks"],
-    [
-        "armorm",
-        "batches",
-        "decoding",
-        "gradients",
-        "head",
-        "journal",
-        "losses",
-        "machine",
-        "moments",
-        "remote",
-        "traces",
-    ],
-    ["generation", "head", "packing", "pairing", "reading", "response_variance", "row_writer", "selection"],
+    ["armorm", "batches", "checkpoints", "decoding", "gradients", "journal", "losses", "machine", "moments", "remote"],
+    ["stopping", "traces"],
+    ["generation", "head", "model_card", "packing", "pairing", "reading"],
+    ["response_variance", "row_writer", "selection"],
     ["anchor", "attention", "backends", "mixing", "prompts", "rows", "sample_report", "window"],
     ["packed", "pairs"],
     ["monitor", "oracle", "policy", "row_faults"],
@@ -33,7 +23,7 @@ LAYERS = [  # a file imports from the lines above its own only
     ["data", "evaluate", "memory", "records", "reference", "rewards"],
     ["checks", "inspection", "module", "sampler"],
     ["analysis", "doctor_report", "model_checks", "report", "runs", "sampled_rows"],
-    ["fit", "sample", "stochasticity"],
+    ["export", "fit", "sample", "stochasticity"],
     ["doctor"],
     ["assets.build_tiny_reasoner"],
 ]

@@ -136,7 +136,6 @@ BAD_INPUT = {  # an option that a user may get wrong, and what the message must 
     "no weights": ("--model.policy={folder}/hollow", "no weights"),
     "no such folder": ("--model.policy={folder}/nothing", "no such folder"),
     "unknown built-in model": ("--model.policy=builtin:nothing", "builtin:nothing"),
-    "no run to go on with": ("--ckpt_path=last", "has a checkpoint yet"),
     "no such checkpoint": ("--ckpt_path={folder}/none.ckpt", "no such checkpoint"),
     "a torn checkpoint": ("--ckpt_path={folder}/torn.ckpt", "cannot be read"),
     "batch of 0": ("--data.batch_size=0", "batch_size must be ≥ 1"),

@@ -1,0 +1,225 @@
+"""Checkpoints that survive kills, full disks and bad storage: one file each, whole or not there.
+
+A checkpoint is written beside its place, synced to the disk and then renamed into it, so a kill at any moment leaves
+the file that was there before. Storage may still break a file that was written well, so the checkpoint before the last
+one is kept too, as `previous.ckpt`; that takes room for three while one is written. A sidecar with a checksum could not
+be renamed together with its checkpoint; PyTorch's format holds a CRC-32 of each of its records, and these are verified
+before a file is loaded. Loading never runs code that a file brings along.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from bvpo.errors import UserError
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+PARTIAL = ".partial"  # ends the name of a file that is being written
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the block ends, and is removed where it does not end well.
+
+    Its content is on the disk before it has the name, and the name is on the disk afterwards.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb", buffering=0) as file:
+            yield file
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the folder's names."""
+    with suppress(OSError):  # not every file system can
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what killed writers have left in a folder and below."""
+    for path in folder.rglob(f"*{PARTIAL}"):
+        path.unlink(missing_ok=True)
+
+
+class _Sink:
+    """Hands PyTorch's writes on. PyTorch turns an error of the file into one of its own; here the cause is kept."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: BaseException | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            view = memoryview(data).cast("B")
+            while len(view):
+                view = view[self._file.write(view) :]
+            return len(data)
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """Nothing waits: the file is unbuffered."""
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes and reads one-file checkpoints; Lightning calls it."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Raises UserError where the disk does not take the file; what stood there before remains."""
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                sink = _Sink(file)
+                try:
+                    torch.save(checkpoint, cast(Any, sink))
+                except RuntimeError:
+                    if sink.error is None:
+                        raise
+                    raise sink.error from None
+                os.fsync(file.fileno())
+                if path.name == LAST and path.exists():
+                    os.replace(path, path.with_name(PREVIOUS))  # until the next rename, `previous` is the newest
+        except OSError as error:
+            raise _cannot_write(path, checkpoint, error) from error
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Raises UserError where the file is broken, or no checkpoint that a fit can go on from."""
+        checkpoint = read_checkpoint(Path(path))
+        if "optimizer_states" not in checkpoint or "loops" not in checkpoint:
+            raise UserError(f"{path}: holds weights alone; a fit goes on from a checkpoint with the optimizer's state")
+        return checkpoint
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, checkpoint: dict[str, Any], error: OSError) -> UserError:
+    try:
+        free = f", {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free"
+    except OSError:
+        free = ""
+    good = next((p for p in (path, path.with_name(PREVIOUS)) if p.exists()), None)
+    kept = "no earlier checkpoint exists" if good is None else f"{good.name} is the last good one and is still there"
+    return UserError(
+        f"{path}: the checkpoint cannot be written: {error.strerror or error}. It needs about "
+        f"{_tensor_bytes(checkpoint) / 1e6:,.1f} MB{free}; {kept}. Make room and go on with --ckpt_path last"
+    )
+
+
+def _tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors of nested containers."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(v) for v in value.values())
+    return sum(_tensor_bytes(v) for v in value) if isinstance(value, list | tuple) else 0
+
+
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint, on the CPU, after its checksums were found right.
+
+    Args:
+        mmap: Read tensors from the file when they are used, instead of into memory.
+
+    Raises:
+        UserError: The file is truncated, altered, or no checkpoint of a fit.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: sharded checkpoints are not supported yet; give a one-file checkpoint")
+    try:
+        with zipfile.ZipFile(path) as records:
+            broken = records.testzip()
+        if broken is not None:
+            raise ValueError(f"record {broken} is not what was written")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # whatever zip, pickle or the file system raises
+        cause = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{path}: cannot be read as a checkpoint ({cause}); is it complete? {_another(path)}"
+        ) from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "global_step"} <= checkpoint.keys():
+        raise UserError(f"{path}: cannot be read as a checkpoint of a fit (no state_dict or global_step in it)")
+    return checkpoint
+
+
+def _another(path: Path) -> str:
+    other = path.with_name(PREVIOUS)
+    return f"Give another one: --ckpt_path {other}" if path.name == LAST and other.exists() else "Give another one"
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, at the boundaries of optimizer steps, and at the end of the fit.
+
+    Lightning compares `global_step` alone: in a resumed run it would save in the middle of an accumulated step, and
+    steps behind the last multiple of `every_n_train_steps` would never be saved. A checkpoint is written before the
+    validation of its step, and Lightning would leave that out in a resumed run.
+    """
+
+    _total_steps = 0
+    _validation_due = _batch_ended = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._total_steps = pl_module.total_steps
+        if self._validation_due:
+            self._validation_due, trainer.validating = False, True
+            trainer.fit_loop.epoch_loop.val_loop.restarting = False
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._batch_ended = True
+        if not batch.closes_step:
+            return
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.global_step >= self._total_steps:  # before the measurements that follow the last step
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._batch_ended = False
+        super().on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.save(trainer)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        loop = trainer.fit_loop
+        due = self._batch_ended and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        checkpoint |= {"total_steps": self._total_steps, "validation_due": due}
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._validation_due = checkpoint.get("validation_due", False)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write `last.ckpt`, unless it is of this step already."""
+        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

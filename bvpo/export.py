@@ -1,0 +1,170 @@
+"""A trained policy as a Hugging Face folder: `python -m bvpo.export runs/version_0 my-model`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from bvpo import __version__
+from bvpo.checkpoints import LAST, read_checkpoint
+from bvpo.errors import UserError
+from bvpo.model_card import model_card
+from bvpo.policy import load_policy, load_tokenizer, resolve_model
+from bvpo.runs import quiet_lightning, read_table
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+GENERATION = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint and its run folder say.
+
+    Attributes:
+        weights: The policy's tensors, by their names in the model.
+        settings: The run's resolved options; {} where the checkpoint does not lie in a run folder.
+        rows: Of metrics.csv, up to the checkpoint's step.
+    """
+
+    checkpoint: Path
+    policy: str
+    step: int
+    weights: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+    rows: Sequence[Mapping[str, str]]
+
+
+def read_trained(run: Path) -> Trained:
+    """A run folder's last checkpoint, or the one given. Raises UserError where there is none that can be exported."""
+    path = run / "checkpoints" / LAST if run.is_dir() and not (run / ".metadata").exists() else run
+    if not path.exists():
+        raise UserError(f"{run}: no {path.relative_to(run)} in this folder; give a run folder or a checkpoint file")
+    state = read_checkpoint(path, mmap=True)
+    weights = {
+        name.removeprefix("policy."): value for name, value in state["state_dict"].items() if name.startswith("policy.")
+    }
+    policy = state.get("bvpo", {}).get("policy")
+    if not weights or policy is None:
+        raise UserError(f"{path}: is no checkpoint of bvpo.fit: it names no policy")
+    if adapter := next((name for name in weights if "lora_" in name), None):
+        raise UserError(f"{path}: holds LoRA adapters ({adapter}), which cannot be exported yet")
+    step, folder = int(state["global_step"]), path.parent.parent
+    table = folder / "metrics.csv"
+    rows = [row for row in (read_table(table)[1] if table.exists() else []) if int(row["step"]) <= step]
+    return Trained(path, policy, step, weights, _settings(folder, step), rows)
+
+
+def _settings(folder: Path, step: int) -> Mapping[str, Any]:
+    """The options in force at a step: a resumed run has saved them anew."""
+    resumed = {int(p.stem.rpartition("_")[2]): p for p in folder.glob("config_resumed_at_*.yaml")}
+    newest = max((start for start in resumed if start < step), default=None)
+    path = folder / "config.yaml" if newest is None else resumed[newest]
+    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+
+
+def trained_model(trained: Trained, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The policy with the checkpoint's weights, in evaluation mode.
+
+    Args:
+        dtype: Of the weights; None leaves the checkpoint's.
+
+    Raises:
+        UserError: The policy cannot be loaded, or is another model than the checkpoint's.
+    """
+    own = next(iter(trained.weights.values())).dtype
+    model = load_policy(trained.policy, own)
+    found = {name: tuple(value.shape) for name, value in trained.weights.items()}
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if found != expected:
+        differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise UserError(
+            f"{trained.checkpoint}: is of another model than {trained.policy} is now: {len(differing)} tensors differ, "
+            f"the first is {differing[0]}. Put the model that was trained back in its place, or give another checkpoint"
+        )
+    model.load_state_dict(dict(trained.weights))
+    config = AutoConfig.from_pretrained(resolve_model(trained.policy))  # its dropout is on again, for who trains on
+    config.architectures, config.dtype = [type(model).__name__], dtype or own
+    model.config = config
+    return model.to(dtype or own).eval()  # type: ignore[no-any-return,arg-type]
+
+
+def export(run: Path, out: Path, dtype: torch.dtype | None = None) -> Trained:
+    """Write the folder: weights, config, tokenizer, chat template, generation config and model card; all or nothing.
+
+    Raises:
+        UserError: `out` exists or cannot be written, or the run cannot be exported.
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists already; give the name of a new folder")
+    trained = read_trained(run)
+    model, tokenizer = trained_model(trained, dtype), load_tokenizer(trained.policy)
+    partial = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        partial.chmod(0o755)
+        _save_model(model, trained.policy, partial)
+        tokenizer.save_pretrained(partial)
+        card = model_card(trained.policy, trained.step, trained.settings, trained.rows, str(model.dtype))
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        os.rename(partial, out)  # fails where a folder with files has come to be there meanwhile
+    except (OSError, SafetensorError) as error:
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+        raise UserError(f"{out}: cannot be written: {cause}. It needs about {size / 1e6:,.1f} MB") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+    return trained
+
+
+def _save_model(model: PreTrainedModel, policy: str, folder: Path) -> None:
+    """Weights and config; the generation config is the policy's own, to the byte."""
+    model.save_pretrained(folder)
+    (folder / GENERATION).unlink(missing_ok=True)
+    own = cached_file(resolve_model(policy), GENERATION, _raise_exceptions_for_missing_entries=False)
+    if own is not None:
+        shutil.copyfile(own, folder / GENERATION)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0; 2 after an error that the user can mend; 130 when interrupted."""
+    quiet_lightning()
+    parser = ArgumentParser(prog="python -m bvpo.export", description=__doc__)
+    parser.add_argument("run", type=str, help="A run folder such as runs/version_0, or a checkpoint file.")
+    parser.add_argument("out", type=str, help="The folder to write; it must not exist.")
+    names = Literal["float32", "bfloat16", "float16", "float64"]
+    parser.add_argument("--dtype", type=names | None, default=None, help="Of the weights; null: the checkpoint's.")
+    options = parser.parse_args(args)
+    try:
+        trained = export(Path(options.run), Path(options.out), options.dtype and DTYPES[options.dtype])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    print(f"{options.out}: {trained.policy} after {trained.step} optimizer steps, bvpo {__version__}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

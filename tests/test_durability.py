@@ -1,0 +1,465 @@
+"""What a kill, a signal, a full disk and broken storage do to a fit: nothing that `--ckpt_path last` does not mend."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bvpo import checkpoints, fit
+from bvpo.checkpoints import AtomicCheckpointIO, read_checkpoint
+from bvpo.data import Microbatches
+from bvpo.errors import UserError
+from bvpo.module import BVPO
+from bvpo.runs import MetricsLogger, changed_options
+
+STEPS = 13  # of 4 rows in 2 microbatches; 8 an epoch, so that validation comes in the middle
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def command(llama_folder: Path, pairs_file: Path) -> Command:
+    """The arguments of a fit under a root; α̂ is in use, so that the window's state matters."""
+
+    def arguments(root: Path, *options: str) -> list[str]:
+        given = {
+            "model.policy": llama_folder,
+            "model.mixing": "bvpo.mixing.Optimal",
+            "model.accumulate": 2,
+            "model.learning_rate": 1e-2,
+            "data.train": pairs_file,
+            "data.validation": pairs_file,
+            "data.batch_size": 2,
+            "trainer.default_root_dir": root,
+            "trainer.accelerator": "cpu",
+            "trainer.enable_progress_bar": "false",
+            "trainer.max_steps": STEPS,
+            "checkpoint.every_n_train_steps": 4,
+        }
+        return [*(f"--{key}={value}" for key, value in given.items()), *options]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def whole(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run's folder."""
+    root = tmp_path_factory.mktemp("whole")
+    assert fit.main(command(root)) == 0
+    return root / "version_0"
+
+
+def in_child(work: Callable[[], int]) -> int:
+    """The exit code of `work` in a forked process, or the number of its signal, negative: nothing is loaded anew."""
+    child = os.fork()
+    if not child:
+        code = 99
+        try:
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def table(run: Path) -> list[dict[str, str]]:
+    """Rows of metrics.csv, wall-clock columns apart."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in csv.DictReader(file)]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def curve(run: Path, key: str) -> list[tuple[int, float]]:
+    """Steps and values of TensorBoard's events."""
+    files = sorted(run.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns)
+    for number, path in enumerate(files):  # TensorBoard goes by their names: by the second, then by the process
+        path.rename(path.with_name(f"events.out.tfevents.{number:010}"))
+    return [(event.step, event.value) for event in EventAccumulator(str(run)).Reload().Scalars(key)]
+
+
+def assert_equal_runs(run: Path, whole: Path) -> None:
+    """Weights, optimizer and statistics bit for bit; curves row by row, in metrics.csv and in the events."""
+    assert table(run) == table(whole)
+    states = [read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (run, whole)]
+    for key in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+        assert same(states[0][key], states[1][key]), key
+    for key in ("loss/mixed", "validation/loss/trace"):
+        assert curve(run, key) == curve(whole, key), key
+    assert not list(run.rglob("*.partial"))
+
+
+MOMENTS = ("microbatch", "checkpoint write", "rename", "fsync", "row", "epoch's validation")
+
+
+def arm(moment: str, number: int, rng: random.Random) -> None:
+    """Let this process die at the `number`-th such moment: in the middle of a write, before or behind a call."""
+    left = number
+
+    def strike(before: Callable[[], object], call: Callable[[], Any]) -> Any:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            return call()
+        before()
+        die()
+
+    def patched(owner: Any, name: str, half: Callable[..., object] | None = None) -> None:
+        original = getattr(owner, name)
+
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            whole_call = lambda: original(*args, **kwargs)  # noqa: E731
+            before = (lambda: half(*args)) if half is not None else rng.choice((lambda: None, whole_call))
+            return strike(before, whole_call)
+
+        setattr(owner, name, replacement)
+
+    def half_record(sink: Any, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        sink._file.write(view[: rng.randrange(len(view) + 1)])
+
+    def half_row(logger: MetricsLogger, line: bytes) -> None:
+        with logger.path.open("ab", buffering=0) as file:
+            file.write(line[: rng.randrange(len(line) + 1)])
+
+    if moment == "microbatch":
+        patched(BVPO, "training_step")
+    elif moment == "checkpoint write":
+        patched(checkpoints._Sink, "write", half_record)
+    elif moment == "rename":
+        patched(os, "replace")
+    elif moment == "fsync":
+        patched(os, "fsync")
+    elif moment == "row":
+        patched(MetricsLogger, "_append", half_row)
+    else:
+        patched(BVPO, "validation_step")
+
+
+WITHIN = {  # of how many moments of a kind, from its start or resumption, a run is killed at one
+    "microbatch": 10,
+    "checkpoint write": 130,
+    "rename": 6,
+    "fsync": 8,
+    "row": 5,
+    "epoch's validation": 16,
+}
+
+
+@pytest.mark.parametrize("seed", range(7))
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(
+    command: Command, whole: Path, tmp_path: Path, seed: int
+) -> None:
+    """SIGKILL three times in a row, then to the end: 3 kills a seed, at every kind of moment."""
+    rng, kills = random.Random(seed), 0
+    while kills < 3:
+        moment = MOMENTS[(seed + kills) % len(MOMENTS)]
+        number = rng.randrange(WITHIN[moment])
+
+        def work(moment: str = moment, number: int = number) -> int:
+            arm(moment, number, rng)
+            return fit.main(command(tmp_path, "--ckpt_path=last"))
+
+        code = in_child(work)
+        assert code in (0, -signal.SIGKILL), moment
+        if code == 0:  # came to its end before that many such moments
+            break
+        kills += 1
+    assert kills == 3
+    assert fit.main(command(tmp_path, "--ckpt_path=last")) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["version_0"]
+    assert_equal_runs(tmp_path / "version_0", whole)
+
+
+def test_a_run_killed_behind_its_last_step_makes_up_for_what_follows(
+    command: Command, whole: Path, tmp_path: Path
+) -> None:
+    """The last step's checkpoint comes before its measurements: without them the run is not finished."""
+
+    def work() -> int:
+        patch = pytest.MonkeyPatch()
+        patch.setattr(checkpoints.StepCheckpoint, "on_train_end", lambda *_: die())
+        return fit.main(command(tmp_path, "--ckpt_path=last"))
+
+    folder = tmp_path / "version_0" / "checkpoints"
+    for _ in range(2):
+        assert in_child(work) == -signal.SIGKILL
+        steps = [read_checkpoint(folder / name)["global_step"] for name in ("previous.ckpt", "last.ckpt")]
+        assert steps == [STEPS - 1, STEPS]
+    assert fit.main(command(tmp_path, "--ckpt_path=last")) == 0
+    assert_equal_runs(tmp_path / "version_0", whole)
+
+
+# ---------------------------------------------------------------------- --ckpt_path last
+
+
+def test_last_without_a_run_and_with_a_finished_one(
+    command: Command, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit.main(command(tmp_path, "--ckpt_path=last")) == 0
+    assert "there is no run under" in capsys.readouterr().out
+    run = tmp_path / "version_0"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert fit.main(command(tmp_path, "--ckpt_path=last")) == 0
+    assert f"finished, {STEPS} optimizer steps" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert_equal_runs(run, whole)
+
+
+def test_changed_options_are_listed_and_more_steps_go_on(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit.main(command(tmp_path, "--trainer.max_steps=2")) == 0
+    capsys.readouterr()
+    options = ["--trainer.max_steps=3", "--model.loss.beta=0.2", "--ckpt_path=last"]
+    assert fit.main(command(tmp_path, *options)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    place = lines.index("options that changed since this run was started:")
+    assert "goes on behind optimizer step 2 (last.ckpt)" in lines[place - 1]
+    assert lines[place + 1 : place + 3] == ["  trainer.max_steps: 2 → 3", "  model.loss.init_args.beta: 0.1 → 0.2"]
+    assert not lines[place + 3].startswith("  ") or "→" not in lines[place + 3]
+    assert [row["step"] for row in table(tmp_path / "version_0")] == ["0", "1", "2"]
+    assert changed_options(tmp_path / "none.yaml", "a: 1") == []
+
+
+# ---------------------------------------------------------------------- broken files, full disks
+
+
+def test_a_truncated_or_altered_checkpoint_is_never_loaded(whole: Path, tmp_path: Path) -> None:
+    """200 flipped bits: each is found, or lies where it changes nothing (padding, dates)."""
+    data, rng, path, found = (whole / "checkpoints/last.ckpt").read_bytes(), random.Random(0), tmp_path / "last.ckpt", 0
+    content = read_checkpoint(whole / "checkpoints/last.ckpt")
+    for _ in range(200):
+        flipped, place = bytearray(data), rng.randrange(len(data))
+        flipped[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert same(read_checkpoint(path), content), place
+        except UserError as error:
+            assert str(path) in str(error) and "Give another one" in str(error)
+            found += 1
+    assert found > 100
+    for size in (0, 1, 100, *(rng.randrange(len(data)) for _ in range(20)), len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(UserError, match=r"last\.ckpt: cannot be read"):
+            read_checkpoint(path)
+
+
+def test_the_code_in_a_strangers_file_is_not_run(tmp_path: Path) -> None:
+    class Stranger:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    for content in ({"state_dict": {}, "global_step": Stranger()}, [1], {"a": torch.zeros(1)}):
+        torch.save(content, tmp_path / "stranger.ckpt")
+        with pytest.raises(UserError, match="cannot be read"):
+            read_checkpoint(tmp_path / "stranger.ckpt")
+    torch.save({"state_dict": {}, "global_step": 1}, tmp_path / "weights.ckpt")
+    with pytest.raises(UserError, match="weights alone"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "weights.ckpt")
+    with pytest.raises(UserError, match="sharded checkpoints are not supported yet"):
+        read_checkpoint(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_broken_last_checkpoint_leaves_the_one_before(
+    command: Command, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "version_0")
+    folder = tmp_path / "version_0" / "checkpoints"
+    data = bytearray((folder / "last.ckpt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "last.ckpt").write_bytes(data)
+    assert fit.main(command(tmp_path, "--ckpt_path=last")) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"--ckpt_path {folder / 'previous.ckpt'}" in error
+    assert fit.main(command(tmp_path, f"--ckpt_path={folder / 'previous.ckpt'}")) == 0
+    states = [read_checkpoint(run / "checkpoints/last.ckpt") for run in (whole, tmp_path / "version_1")]
+    assert same(states[0]["state_dict"], states[1]["state_dict"])
+
+
+def limit_file_size(size: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_full_disk_is_said_and_the_last_good_checkpoint_remains(
+    command: Command, whole: Path, tmp_path: Path
+) -> None:
+    """In a child no file may grow beyond 100 kB: a checkpoint is larger."""
+    run = tmp_path / "version_0"
+
+    def work() -> int:
+        patch, take = pytest.MonkeyPatch(), BVPO.training_step
+
+        def step(module: BVPO, batch: Any, batch_idx: int) -> None:
+            if module.global_step == 5:
+                limit_file_size(100_000)
+            take(module, batch, batch_idx)
+
+        patch.setattr(BVPO, "training_step", step)
+        with (tmp_path / "error.txt").open("w") as sys.stderr:
+            return fit.main(command(tmp_path))
+
+    assert in_child(work) == 2
+    (error,) = [line for line in (tmp_path / "error.txt").read_text().splitlines() if line.startswith("error: ")]
+    assert "last.ckpt: the checkpoint cannot be written: File too large. It needs about" in error
+    assert "last.ckpt is the last good one" in error
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert fit.main(command(tmp_path, "--ckpt_path=last")) == 0
+    assert_equal_runs(run, whole)
+
+
+def test_the_table_of_metrics_survives_a_full_disk_and_a_torn_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+
+    def work() -> int:
+        limit_file_size(300)
+        log = MetricsLogger(path)
+        try:
+            for step in range(100):
+                log.log_metrics({"loss": step / 3} | ({"late": 1.0} if step > 3 else {}), step)
+        except UserError as error:
+            return int("cannot be logged: File too large" in str(error))
+        return 0
+
+    assert in_child(work) == 1
+    data = path.read_bytes()
+    assert data.startswith(b"late,loss,step\r\n") and data.endswith(b"\r\n") and 200 < len(data) <= 300
+    path.write_bytes(data + b"1.0,0.3")
+    rows = data.decode().splitlines()[1:]
+    log = MetricsLogger(path, resumed_at=len(rows) - 1)
+    assert path.read_bytes() == data[: -len(rows[-1]) - 2]
+    log.log_metrics({"loss": torch.tensor(0.5)}, len(rows) - 1)  # type: ignore[dict-item]
+    assert path.read_text().splitlines()[-1] == f",0.5,{len(rows) - 1}"
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+# ---------------------------------------------------------------------- signals, dead processes
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_writes_a_checkpoint(
+    command: Command, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """It comes in the first microbatch of step 6, whose second one is still taken."""
+
+    def work() -> int:
+        patch, take, left = pytest.MonkeyPatch(), BVPO.training_step, 10
+
+        def step(module: BVPO, batch: Any, batch_idx: int) -> None:
+            nonlocal left
+            left -= 1
+            if left == -1:
+                os.kill(os.getpid(), number)
+            take(module, batch, batch_idx)
+
+        patch.setattr(BVPO, "training_step", step)
+        with (tmp_path / "error.txt").open("w") as sys.stderr:
+            return fit.main(command(tmp_path))
+
+    assert in_child(work) == 128 + number
+    error = (tmp_path / "error.txt").read_text()
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert f"stopped by {name} behind optimizer step 6, with a checkpoint" in error and "Traceback" not in error
+    assert read_checkpoint(tmp_path / "version_0/checkpoints/last.ckpt")["global_step"] == 6
+    assert fit.main(command(tmp_path, "--ckpt_path=last")) == 0
+    assert_equal_runs(tmp_path / "version_0", whole)
+
+
+@pytest.mark.parametrize("moment", ["on_fit_start", "validation_step"])
+def test_a_signal_outside_of_steps_stops_at_once(command: Command, whole: Path, tmp_path: Path, moment: str) -> None:
+    def work() -> int:
+        take = getattr(BVPO, moment)
+
+        def struck(*args: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            take(*args)
+
+        pytest.MonkeyPatch().setattr(BVPO, moment, struck)
+        with (tmp_path / "error.txt").open("w") as sys.stderr:
+            return fit.main(command(tmp_path))
+
+    assert in_child(work) == 143
+    error = (tmp_path / "error.txt").read_text()
+    assert "stopped by SIGTERM;" in error and "Traceback" not in error
+    assert fit.main(command(tmp_path, "--ckpt_path=last")) == 0
+    assert_equal_runs(tmp_path / "version_0", whole)
+
+
+def test_a_process_that_prepares_batches_may_die(command: Command, whole: Path, tmp_path: Path) -> None:
+    """The one that prepares batches dies at its 11th; the next start takes no such process, and ends the same."""
+
+    def work() -> int:
+        take, main, left = Microbatches.__getitem__, os.getpid(), 11
+
+        def fetch(rows: Microbatches, index: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0 and os.getpid() != main:
+                die()
+            return take(rows, index)
+
+        pytest.MonkeyPatch().setattr(Microbatches, "__getitem__", fetch)
+        with (tmp_path / "error.txt").open("w") as sys.stderr:
+            return fit.main(command(tmp_path, "--data.workers=1"))
+
+    code, error = in_child(work), (tmp_path / "error.txt").read_text()
+    assert code == 2, error
+    assert "error: a process that prepares rows has died" in error and "Traceback" not in error
+    assert fit.main(command(tmp_path, "--ckpt_path=last")) == 0
+    assert_equal_runs(tmp_path / "version_0", whole)
+
+
+@pytest.mark.slow
+def test_the_command_killed_at_ten_random_moments(command: Command, tmp_path: Path) -> None:
+    """Real processes, each killed up to a second after it has begun to train, then one that comes to its end."""
+    options = ["--trainer.max_steps=400", "--threads=1", "--ckpt_path=last"]
+    rng, run = random.Random(0), tmp_path / "killed" / "version_0"
+    for _ in range(10):
+        before = read_time(run / "metrics.csv")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bvpo.fit", *command(run.parent, *options)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and read_time(run / "metrics.csv") == before:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert fit.main(command(run.parent, *options)) == 0
+    assert fit.main(command(tmp_path / "whole", *options)) == 0
+    assert_equal_runs(run, tmp_path / "whole" / "version_0")
+
+
+def read_time(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
