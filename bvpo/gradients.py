@@ -118,6 +118,14 @@ class Piece:
     target: Tensor
     signs: Tensor
 
+    def add_(self, flat: Tensor) -> None:
+        """Add the parameter's flat gradient, whatever its dtype."""
+        own, signs = flat[self.elements], self.signs
+        if own.dtype is signs.dtype is self.target.dtype:
+            self.target.addcmul_(own, signs)
+        else:
+            self.target.addcmul_(own.to(self.target.dtype), signs.to(self.target.dtype))
+
 
 class GradientMixer:
     """Collects Σ_k w_k g_k over the backward passes of one optimizer step, and a sketch of each g_k.
@@ -188,8 +196,7 @@ class GradientMixer:
                 if pieces is None:
                     sketch.add_(self._sketch[start : start + sketch.width], flat, offset)
                 for piece in pieces or ():
-                    target = piece.target
-                    target.addcmul_(flat[piece.elements].to(target.dtype), piece.signs.to(target.dtype))
+                    piece.add_(flat)
             mixed, weight = self._mixed[index], self._weights[number]
             if mixed is not None:
                 mixed.add_(gradient, alpha=weight)

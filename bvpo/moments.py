@@ -133,7 +133,13 @@ class GradientMoments:
 
     def statistics(self, keep: Tensor | None = None) -> GradientStatistics:
         """The U-statistics of all units, or of K subsets at once: `keep` is a (K, M) indicator."""
-        keep = torch.ones(1, len(self), dtype=torch.float64) if keep is None else keep
+        return self._of_all if keep is None else self._of_subsets(keep)
+
+    @cached_property
+    def _of_all(self) -> GradientStatistics:
+        return self._of_subsets(torch.ones(1, len(self), dtype=torch.float64))
+
+    def _of_subsets(self, keep: Tensor) -> GradientStatistics:
         own = self.counts.diagonal().T  # (E, M) n_a
         weight = own[:, None, :, None] * own[:, None, :] * self.independent  # (E, E, M, M)
         total = torch.einsum("km,abmn,kn->abk", keep, weight, keep)
