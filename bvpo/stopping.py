@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import threading
+import traceback
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -42,13 +43,19 @@ def outside_cause(error: BaseException | None) -> str | None:
         if isinstance(error, OSError) and error.errno in FULL:
             file = error.filename or "a file of the run"
             return f"{file} cannot be written: {error.strerror}. Make room, and go on with --ckpt_path last"
-        if text.startswith(("DataLoader worker", "One of the subprocesses has abruptly died")):
+        if text.startswith(("DataLoader worker", "One of the subprocesses has abruptly died")) or _lost_batch(error):
             return (
-                f"a process that prepares rows has died ({text.splitlines()[0].rstrip('. ')}): often memory is short. "
-                "Lower --data.workers, and go on with --ckpt_path last"
+                f"a process that prepares rows has died ({text.partition(chr(10))[0].rstrip('. ')}): often memory is "
+                "short. Lower --data.workers, and go on with --ckpt_path last"
             )
         error = error.__cause__ or error.__context__
     return None
+
+
+def _lost_batch(error: BaseException) -> bool:
+    """Whether a batch could not be taken over from the process that had prepared it, because that is no more."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, OSError | EOFError) and "torch.multiprocessing.reductions" in modules
 
 
 class StopSignals(L.Callback):

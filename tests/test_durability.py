@@ -26,6 +26,7 @@ from bvpo.data import Microbatches
 from bvpo.errors import UserError
 from bvpo.module import BVPO
 from bvpo.runs import MetricsLogger, changed_options
+from bvpo.stopping import outside_cause
 
 STEPS = 13  # of 4 rows in 2 microbatches; 8 an epoch, so that validation comes in the middle
 Command = Callable[..., list[str]]
@@ -463,3 +464,13 @@ def test_the_command_killed_at_ten_random_moments(command: Command, tmp_path: Pa
 
 def read_time(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def test_a_batch_of_a_dead_process_is_no_traceback() -> None:
+    """Its tensors come through a connection to the process that made them, which may be gone by then."""
+    program = "def rebuild():\n    raise ConnectionRefusedError(111, 'Connection refused')"
+    exec(program, own := {"__name__": "torch.multiprocessing.reductions"})
+    with pytest.raises(ConnectionRefusedError) as caught:
+        own["rebuild"]()
+    assert "a process that prepares rows has died" in str(outside_cause(caught.value))
+    assert outside_cause(ConnectionRefusedError(111, "Connection refused")) is None
