@@ -431,7 +431,11 @@ def test_a_process_that_prepares_batches_may_die(command: Command, whole: Path, 
 
         pytest.MonkeyPatch().setattr(Microbatches, "__getitem__", fetch)
         with (tmp_path / "error.txt").open("w") as sys.stderr:
-            return fit.main(command(tmp_path, "--data.workers=1"))
+            try:
+                return fit.main(command(tmp_path, "--data.workers=1"))
+            except BaseException:
+                traceback.print_exc()
+                raise
 
     code, error = in_child(work), (tmp_path / "error.txt").read_text()
     assert code == 2, error
