@@ -177,7 +177,8 @@ class GradientMixer:
         kept = self._sketch.dtype if sketch.parameters <= CHUNK else torch.int8
         borders = range((offset // sketch.width + 1) * sketch.width, end, sketch.width)
         target = self._sketch[start : start + sketch.width]
-        own = torch.ones(end - offset) if sketch.exact else signs(offset, end - offset, sketch.seed, target.device)
+        count = end - offset
+        own = target.new_ones(count) if sketch.exact else signs(offset, count, sketch.seed, target.device)
         parts = [(slice(a - offset, b - offset), a % sketch.width) for a, b in pairwise([offset, *borders, end])]
         own = own.to(kept)
         return [Piece(part, target[first:][: part.stop - part.start], own[part]) for part, first in parts]
