@@ -12,7 +12,7 @@ disturb less.
 - `large`: random weights in the shape of a Llama of 135 million parameters (30 layers, 576 wide, vocabulary 49,152).
   Its responses have prescribed lengths, log-normal and the same for all three: a hook on the model's output makes it
   count down from the prompt's last token to the EOS. So every draw is a nearly certain one; a trained model's is
-  now and then beyond the most probable 512 tokens, and then costs `Transformers` a sort.
+  now and then beyond the most probable 64 tokens, and then costs `Transformers` a second look.
 """
 
 from __future__ import annotations

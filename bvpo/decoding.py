@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HEAD = 512  # most probable tokens that a draw on a CPU looks at before it sorts a whole vocabulary
+HEADS = (64, 1024)  # most probable tokens that a draw on a CPU looks at before it sorts a whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,18 @@ def draw(logits: Tensor, uniforms: Tensor, decoding: Decoding) -> tuple[Tensor, 
         best, tokens = logits.max(-1)
         return tokens, (best - best).double()  # 0, or nan
     probabilities = (logits.double() / decoding.temperature).softmax(-1)
-    if logits.device.type != "cpu" or logits.shape[1] <= HEAD:
+    if logits.device.type != "cpu":
         return _inverse_cdf(probabilities, None, uniforms, decoding.top_p)[:2]
-    head = probabilities.topk(HEAD, sorted=False).indices.sort().values
-    tokens, logprobs, settled = _inverse_cdf(probabilities, head, uniforms, decoding.top_p)
-    rest = (~settled).nonzero()[:, 0]
-    if len(rest):
-        tokens[rest], logprobs[rest], _ = _inverse_cdf(probabilities[rest], None, uniforms[rest], decoding.top_p)
+    rows, vocabulary = logits.shape
+    tokens, logprobs = torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.float64)
+    rest = torch.arange(rows)
+    for size in [*(head for head in HEADS if head < vocabulary), vocabulary]:
+        own = probabilities if len(rest) == rows else probabilities[rest]
+        head = None if size == vocabulary else own.topk(size, sorted=False).indices.sort().values
+        tokens[rest], logprobs[rest], settled = _inverse_cdf(own, head, uniforms[rest], decoding.top_p)
+        rest = rest[~settled]
+        if not len(rest):
+            break
     return tokens, logprobs
 
 

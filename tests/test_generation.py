@@ -25,7 +25,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from bvpo.decoding import HEAD, draw
+from bvpo.decoding import HEADS, draw
 from bvpo.errors import UserError
 from bvpo.generation import Completion, Decoding, Request, Transformers, generate
 from bvpo.pairs import encode_prompt
@@ -285,7 +285,7 @@ def test_logprob_is_that_of_a_plain_forward_pass(name: str) -> None:
 def test_a_draw_from_a_large_vocabulary_is_the_sorted_one(scale: float, top_p: float) -> None:
     """Uniform (all equal), nearly uniform, and peaked logits, rounded so that equals abound; 1 in 50 is impossible."""
     rng = torch.Generator().manual_seed(0)
-    logits = (torch.randn(200, 4 * HEAD, generator=rng) * scale * 8).round() / 8
+    logits = (torch.randn(200, 4 * HEADS[-1], generator=rng) * scale * 8).round() / 8
     logits[:, ::50] = -torch.inf
     uniforms = torch.rand(200, generator=rng, dtype=torch.float64)
     uniforms[:3] = torch.tensor([0.0, 1 - 2**-53, 0.5])
