@@ -51,7 +51,7 @@ class MemoryFacts:
     precision: str = "32-true"
     reference: bool = True
     sketches: int = 0
-    sketch_width: int = 65_536
+    sketch_width: int = 32_768
     ranks: int = 1
     sharded: bool = False
     reshard: bool = True

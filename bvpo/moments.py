@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 TRACE, EMPTY, ANCHOR = 0, 1, 2
-RUN = 4096  # an fp32 sum of so many products is right to about 1e-6; a float64 copy of the window costs more than it
+RUN = 8192  # an fp32 sum of so many products is right to about 1e-6; a float64 copy of the window costs more than it
 
 
 @dataclass(frozen=True)

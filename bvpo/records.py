@@ -123,8 +123,10 @@ class StepRecord:
         """
         if not self.sketches["trace"] or not self.sketches["empty"]:
             return None
-        sketches = torch.stack([torch.stack(kept) for kept in self.sketches.values() if kept])  # (E, U, D)
-        counts = unit_counts(self.counts, len(sketches)).to(sketches.device)  # (E, E, U)
+        kinds = [kept for kept in self.sketches.values() if kept]
+        sketches = torch.stack([sketch for kept in kinds for sketch in kept])
+        sketches = sketches.unflatten(0, (len(kinds), -1))  # (E, U, D)
+        counts = unit_counts(self.counts, len(sketches))  # (E, E, U), on the host: the device is not waited for
         prompts = torch.stack([pad_columns(keys[None], width)[0] for keys in self.prompts])  # (U, R)
         if sharded:
             sketches, counts, prompts = ranks.total(sketches), ranks.total(counts), torch.cat(ranks.gather(prompts), -1)
@@ -132,10 +134,13 @@ class StepRecord:
             sketches, counts, prompts = _every_rank(sketches, 1), _every_rank(counts, 2), _every_rank(prompts, 0)
         own = counts.diagonal().T  # (E, U)
         pairs = [self.step_pairs[index] for index in (0, 1, 0)][: len(sketches)]
-        scale = torch.tensor(pairs, device=own.device)[:, None] / own.clamp(min=1)
+        scale = torch.tensor(pairs)[:, None] / own.clamp(min=1)
+        sketches *= scale.to(sketches)[..., None]  # each unit's own mean gradient
         kept = own.sum(0) > 0  # a rank without a row has given an empty unit
-        gradients = sketches * scale.to(sketches)[..., None]  # each unit's own mean gradient
-        return Units(gradients[:, kept], counts[..., kept], prompts[kept.to(prompts.device)])
+        if not kept.all():
+            sketches, counts = sketches[:, kept.to(sketches.device)], counts[..., kept]
+            prompts = prompts[kept.to(prompts.device)]
+        return Units(sketches, counts, prompts)
 
     def means(self, peak: float | None = None) -> dict[str, Tensor]:
         """The log values averaged over the step's pairs, the mixed loss, and the rates so far.
