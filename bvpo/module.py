@@ -20,10 +20,8 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal, cast
 
-import datasets
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -32,25 +30,22 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
 
 from bvpo import ranks
 from bvpo.batches import BRANCHES, PairBatch, SequenceBatch
 from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.gradients import GradientMixer, Group, layer_groups, single_group
-from bvpo.lora import LoRA, add_adapters, start_adapters, without_base
+from bvpo.lora import LoRA, without_base
 from bvpo.losses import DPO, PreferenceLoss
 from bvpo.mixing import Fixed, MixingPolicy
+from bvpo.models import Models
 from bvpo.monitor import GradientMonitor
 from bvpo.optimization import adamw, learning_rate_scale
-from bvpo.packed import use_packed_attention
 from bvpo.passes import Passes
-from bvpo.policy import completion_logps, load_policy, resolve_model
+from bvpo.policy import resolve_model
 from bvpo.records import StepRecord, ValidationRecord, gradient_metrics
-from bvpo.reference import AdapterReference, CachedReference, LiveReference, Reference
-from bvpo.reference_cache import ReferenceCache, weights_fingerprint
-from bvpo.shapes import ModelShape
+from bvpo.reference import CachedReference, LiveReference, Reference
 from bvpo.sharding import FSDP2
 from bvpo.slices import is_sharded
 from bvpo.throughput import ModelFlops, peak_flops, peak_memory
@@ -103,7 +98,7 @@ class BVPO(L.LightningModule):
         optimizer: Literal["adamw", "adamw_8bit"] = "adamw",
         accumulate: int = 1,
         clip: float = 1.0,
-        sketch_size: int = 65_536,
+        sketch_size: int = 32_768,
         packing: Literal["auto", "off"] = "auto",
         activation_checkpointing: bool = False,
     ) -> None:
@@ -154,14 +149,8 @@ class BVPO(L.LightningModule):
             return
         if self._trainer is not None:
             check_trainer(self.trainer)
-        self.policy = self._load(self.policy_name, adapted=True)
-        if self.reference_logps == "cached":
-            self._reference_weights = weights_fingerprint(self._load_reference() or self.policy)
-            self.reference = CachedReference()
-        elif self.reference_logps == "adapter":
-            self.reference = AdapterReference(self.policy)
-        else:
-            self.reference = self._live_reference()
+        self.policy, self.shape = self.models.load_policy()
+        self.reference = self.models.load_reference(self.policy)
         if self.mixing.window:
             units = 1 if self._step_is_unit else self.accumulate
             if not (self._step_is_unit or is_sharded(self.policy)):  # each rank's microbatches are units of their own
@@ -169,75 +158,19 @@ class BVPO(L.LightningModule):
             dtype = torch.promote_types(self.policy.dtype, torch.float32)
             self.monitor = GradientMonitor(self.mixing, self._groups(), units, dtype)
 
-    def _load(self, name: str, dtype: torch.dtype | None = None, adapted: bool = False) -> PreTrainedModel:
-        """A model, by default in the trainer's precision, that packs its sequences where it can.
-
-        Args:
-            adapted: It is the policy: with adapters, where they are asked for, and activation checkpointing.
-        """
-        dtype = dtype or torch.get_default_dtype()
-
-        def prepare(model: PreTrainedModel) -> None:
-            if adapted:
-                self.shape = ModelShape.of(model)
-            if adapted and self.lora is not None:
-                add_adapters(model, self.lora)
-            if adapted and self.activation_checkpointing:
-                enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-                enable({"use_reentrant": False})
-
-        strategy = None if self._trainer is None else self.trainer.strategy
-        if isinstance(strategy, FSDP2):
-            model = strategy.load(name, dtype, prepare)
-        else:
-            model = load_policy(name, dtype)
-            prepare(model)
-        if adapted and self.lora is not None:
-            start_adapters(model)
-        if self.packing == "auto" and (fault := use_packed_attention(model, completion_logps)):
-            rank_zero_warn(f"{name}: sequences are padded, packing is not right for this model: {fault}")
-        return model
-
-    def _live_reference(self) -> LiveReference:
-        model = self._load_reference()
-        if model is not None:
-            return LiveReference(model)
-        if self.lora is None and not is_sharded(self.policy):
-            return LiveReference.copy_of(self.policy)
-        return LiveReference(self._load(self.policy_name))
-
-    def _load_reference(self) -> PreTrainedModel | None:
-        """The reference as it is on the disk; None where that is what the policy starts from."""
-        if self.reference_name in (None, self.policy_name):
-            return None
-        assert self.reference_name is not None
-        return self._load(self.reference_name)
-
-    def _cache_reference(self) -> None:
-        """Give the rows their reference's log-probabilities, computed where the disk does not have them yet."""
-        root = Path(self.reference_cache or Path(datasets.config.HF_DATASETS_CACHE) / "bvpo_reference")
-        precision, strategy = f"{self.trainer.precision} {self.policy.dtype}", self.trainer.strategy
-        caches = {
-            name: ReferenceCache(root, self._reference_weights, rows, precision)
-            for name, rows in self._data.rows.items()
-        }
-        if ranks.of_first(any(cache.missing() for cache in caches.values())):  # a fast process may have begun to write
-            model: Any = self.policy
-            if self.lora is not None or weights_fingerprint(model) != self._reference_weights:
-                # another reference, or a resumed run
-                name = self.reference_name or self.policy_name
-                model = self._load(name, self.policy.dtype).to(self.device)  # type: ignore[arg-type]
-            bars = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
-            for name, cache in caches.items():
-                cache.compute(
-                    model,
-                    self._data.batch_size,
-                    self._data.pad_token_id,
-                    lambda batch: strategy.batch_to_device(batch, self.device),
-                    self.trainer.precision_plugin.forward_context,
-                    f"reference log-probabilities, {name} rows" if bars else None,
-                )
-        self._data.attach_reference({name: cache.attached() for name, cache in caches.items()})
+    @property
+    def models(self) -> Models:
+        """How policy and reference are loaded."""
+        return Models(
+            self.policy_name,
+            self.reference_name,
+            self.reference_logps,
+            self.reference_cache,
+            self.lora,
+            self.packing,
+            self.activation_checkpointing,
+            None if self._trainer is None else self.trainer.strategy,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BVPO:
         """Move buffers, but never cast them: `bf16-true` would round the rotary frequencies to 8 bits, which turns the
@@ -283,7 +216,7 @@ class BVPO(L.LightningModule):
         if isinstance(self.reference, LiveReference) and not is_sharded(self.policy):
             self.reference.to(self.device)
         elif isinstance(self.reference, CachedReference):
-            self._cache_reference()
+            self.models.fill_cache(self.reference, self.policy, self.trainer)
         assert self.reference is not None
         self.gradients = GradientMixer(self._trained(), self._groups(), sketching=self.monitor is not None)
         self.flops = ModelFlops.of(self.shape, self.lora is not None, reference=self.reference_logps != "cached")

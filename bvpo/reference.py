@@ -59,7 +59,14 @@ class AdapterReference(Reference):
 
 
 class CachedReference(Reference):
-    """Values that came with the rows."""
+    """Values that came with the rows.
+
+    Args:
+        weights: `reference_cache.weights_fingerprint` of the model that they are of.
+    """
+
+    def __init__(self, weights: str) -> None:
+        self.weights = weights
 
     def completion_logps(self, batch: SequenceBatch) -> Tensor:
         assert batch.reference is not None, "these rows have no cached log-probabilities"
