@@ -15,11 +15,11 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from bvpo.commands import exit_code, options_parser
 from bvpo.derived_pairs import DerivedPairs, Row
 from bvpo.errors import UserError
 from bvpo.reading import load_rows
 from bvpo.row_writer import SCHEMA, write_rows
-from bvpo.runs import quiet_lightning
 from bvpo.traces import ThinkFormat, think_format
 
 KEPT = ("prompt_id", "conversation", "prompt", "chosen", "rejected", "template_sha", "sampler_model", "reward_model")
@@ -63,8 +63,7 @@ def _prompt_id(row: Row) -> str:
 
 def parser() -> ArgumentParser:
     """The command line."""
-    own = ArgumentParser(prog="python -m bvpo.derive", description=__doc__)
-    own.add_argument("--config", action="config", help="A YAML file of the options below; a later one wins.")
+    own = options_parser("derive", __doc__, progress=False)
     own.add_argument("--rows", type=str, required=True, help="What `bvpo.fit` takes as data.train.")
     own.add_argument("--pairs", type=DerivedPairs, required=True, help="Class path: Pooled, SeveralTraces, …")
     own.add_argument("--output", type=str, required=True, help="A .parquet or .jsonl file.")
@@ -73,16 +72,14 @@ def parser() -> ArgumentParser:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0; 2 after an error that the user can mend."""
-    quiet_lightning()
-    try:
-        config = (own := parser()).instantiate_classes(own.parse_args(args))
-        read, written = derive(config.rows, config.pairs, Path(config.output), think_format(config.think))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{config.output}: {written} rows of {read}")
-    return 0
+    """Run the command line. Returns the exit code: 0; 2 after an error that the user can mend; 130 when interrupted."""
+
+    def work() -> None:
+        given = (own := parser()).instantiate_classes(own.parse_args(args))
+        read, written = derive(given.rows, given.pairs, Path(given.output), think_format(given.think))
+        print(f"{given.output}: {written} rows of {read}")
+
+    return exit_code(work, "nothing was written")
 
 
 if __name__ == "__main__":

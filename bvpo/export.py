@@ -21,11 +21,12 @@ from transformers.utils import cached_file
 
 from bvpo import __version__
 from bvpo.checkpoints import LAST
+from bvpo.commands import exit_code
 from bvpo.errors import UserError
 from bvpo.lora import LoRA, add_adapters, merge_adapters, without_base
 from bvpo.model_card import model_card
 from bvpo.policy import load_policy, load_tokenizer, resolve_model
-from bvpo.runs import quiet_lightning, read_table
+from bvpo.runs import read_table
 from bvpo.sharded_checkpoints import MANIFEST, read_whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -160,23 +161,18 @@ def _save_model(model: PreTrainedModel, policy: str, folder: Path) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0; 2 after an error that the user can mend; 130 when interrupted."""
-    quiet_lightning()
     parser = ArgumentParser(prog="python -m bvpo.export", description=__doc__)
     parser.add_argument("run", type=str, help="A run folder such as runs/version_0, or a checkpoint file.")
     parser.add_argument("out", type=str, help="The folder to write; it must not exist.")
     names = Literal["float32", "bfloat16", "float16", "float64"]
     parser.add_argument("--dtype", type=names | None, default=None, help="Of the weights; null: the checkpoint's.")
     options = parser.parse_args(args)
-    try:
+
+    def work() -> None:
         trained = export(Path(options.run), Path(options.out), options.dtype and DTYPES[options.dtype])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    print(f"{options.out}: {trained.policy} after {trained.step} optimizer steps, bvpo {__version__}")
-    return 0
+        print(f"{options.out}: {trained.policy} after {trained.step} optimizer steps, bvpo {__version__}")
+
+    return exit_code(work, "nothing was written")
 
 
 if __name__ == "__main__":

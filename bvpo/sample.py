@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from bvpo.errors import UserError
-from bvpo.runs import quiet_lightning
+from bvpo.commands import exit_code, options_parser
 from bvpo.sample_report import Summary, print_summary
 from bvpo.sampled_rows import SampledRows
 from bvpo.sampler import Sampler, Sampling
@@ -30,35 +29,28 @@ def run(options: Sampling, progress: bool = True) -> Summary | None:
 
 def parser() -> ArgumentParser:
     """The command line: the fields of `Sampling`."""
-    own = ArgumentParser(prog="python -m bvpo.sample", description=__doc__)
-    own.add_argument("--config", action="config", help="A YAML file of the options below; a later one wins.")
-    own.add_argument("--progress", type=bool, default=True, help="Show progress bars.")
+    own = options_parser("sample", __doc__)
     own.add_class_arguments(Sampling)
     return own
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0; 2 after an error that the user can mend; 130 when interrupted."""
-    quiet_lightning()
-    try:
-        config = (own := parser()).parse_args(args)
-        progress = config.pop("progress")
-        config.pop("config", None)
-        options = Sampling(**vars(own.instantiate_classes(config)))
+
+    def work() -> None:
+        given = (own := parser()).parse_args(args)
+        progress = given.pop("progress")
+        given.pop("config", None)
+        options = Sampling(**vars(own.instantiate_classes(given)))
         summary = run(options, progress)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: what has been sampled is kept; the same command goes on from there", file=sys.stderr)
-        return 130
-    if summary is None:
+        if summary is not None:
+            print_summary(summary, options.output, options.work)
+            return
         print(
             f"done: {options.work}. The rows are made by the same command with --stage pairs, once all shards are done"
         )
-    else:
-        print_summary(summary, options.output, options.work)
-    return 0
+
+    return exit_code(work, "what has been sampled is kept; the same command goes on from there")
 
 
 if __name__ == "__main__":

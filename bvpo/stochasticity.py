@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from bvpo.batches import SequenceBatch
+from bvpo.commands import exit_code, options_parser
 from bvpo.engines import TransformersEngine
 from bvpo.errors import UserError
 from bvpo.generation import Transformers
@@ -33,7 +33,6 @@ from bvpo.journal import Journal
 from bvpo.pairs import encode_completion
 from bvpo.policy import completion_logps
 from bvpo.response_variance import QUANTITIES, Bootstrap, Draw, Figures, compare
-from bvpo.runs import quiet_lightning
 from bvpo.sampler import Job, Sampler, Sampling
 from bvpo.traces import MODES, Mode, think_format
 
@@ -305,9 +304,7 @@ def _axes(size: tuple[float, float]) -> Any:
 
 def options(args: Sequence[str] | None) -> tuple[Sampling, Study, bool, bool]:
     """Sampling, study, whether to sample what is missing, and whether to show progress."""
-    parser = ArgumentParser(prog="python -m bvpo.stochasticity", description=__doc__)
-    parser.add_argument("--config", action="config", help="A YAML file of the options below; a later one wins.")
-    parser.add_argument("--progress", type=bool, default=True, help="Show progress bars.")
+    parser = options_parser("stochasticity", __doc__)
     parser.add_argument(
         "--responses",
         type=str | None,
@@ -335,8 +332,8 @@ def options(args: Sequence[str] | None) -> tuple[Sampling, Study, bool, bool]:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0; 2 after an error that the user can mend; 130 when interrupted."""
-    quiet_lightning()
-    try:
+
+    def work() -> None:
         sampling, study, generate, progress = options(args)
         report = run(sampling, study, generate, progress)
         print_report(report, study)
@@ -344,14 +341,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if study.plot is not None:
             save(plot_ratios(report), study.plot)
             files.append(study.plot)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: what has been sampled is kept; the same command goes on from there", file=sys.stderr)
-        return 130
-    print("written: " + ", ".join(files))
-    return 0
+        print("written: " + ", ".join(files))
+
+    return exit_code(work, "what has been sampled is kept; the same command goes on from there")
 
 
 if __name__ == "__main__":
