@@ -58,7 +58,7 @@ def draw(logits: Tensor, uniforms: Tensor, decoding: Decoding) -> tuple[Tensor, 
     if decoding.temperature == 0:
         best, tokens = logits.max(-1)
         return tokens, (best - best).double()  # 0, or nan
-    probabilities = (logits.double() / decoding.temperature).softmax(-1)
+    probabilities = logits.to(torch.float64, copy=True).div_(decoding.temperature).softmax(-1)
     if logits.device.type != "cpu":
         return _inverse_cdf(probabilities, None, uniforms, decoding.top_p)[:2]
     rows, vocabulary = logits.shape

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
 
+from bvpo import kv_cache
 from bvpo.decoding import Decoding, draw, uniform_numbers
 from bvpo.errors import UserError
 
@@ -160,7 +160,8 @@ class Transformers:
                 if batch and SPARSE * sum(row.ended for row in batch.rows) >= len(batch.rows):
                     batch = batch.kept()
                 places = self.batch_size - len(batch.rows) if batch else self.batch_size
-                if waiting and SPARSE * places >= self.batch_size and (batch is None or batch.takes_more):
+                more = batch is None or kv_cache.takes_more(batch.cache)
+                if waiting and more and SPARSE * places >= self.batch_size:
                     indices = [waiting.popleft() for _ in range(min(places, len(waiting)))]
                     new = self._read(indices, requests, decoding)
                     batch = batch.joined(new) if batch else new
@@ -178,11 +179,11 @@ class Transformers:
         blanks = [width - len(prompt) + 1 for prompt in distinct]
         ids = [[0] * blank + list(prompt[:-1]) for blank, prompt in zip(blanks, distinct, strict=True)]
         mask = torch.arange(width, device=device) >= torch.tensor(blanks, device=device)[:, None]
-        cache: Any = DynamicCache(config=self.model.config)
+        cache = kv_cache.empty_cache(self.model.config)
         self._forward(torch.tensor(ids, device=device), mask.long(), cache)
         places = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
         if len(distinct) < len(prompts):
-            cache.reorder_cache(places)
+            kv_cache.keep(cache, places)
         count = decoding.max_new_tokens if decoding.temperature > 0 else 1
         return _Batch(
             [_Row(index, len(prompt) - 1) for index, prompt in zip(indices, prompts, strict=True)],
@@ -245,16 +246,11 @@ class _Batch:
     """Rows of different ages in one KV cache, aligned at their last tokens: all padding is on the left."""
 
     rows: list[_Row]
-    cache: Any  # a DynamicCache
+    cache: Any  # see `kv_cache`
     mask: Tensor  # (B, L): 1 at a row's own tokens
     pending: Tensor  # (B,) last tokens, not yet in the cache
     drawn: Tensor  # (B,) how many tokens
     uniforms: Tensor  # (B, N)
-
-    @property
-    def takes_more(self) -> bool:
-        """Whether rows can be appended: to keys and values they can, recurrent states know no padding."""
-        return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers)
 
     def kept(self) -> _Batch | None:
         """The rows that have not ended."""
@@ -262,10 +258,10 @@ class _Batch:
         if not places:
             return None
         index = torch.tensor(places, device=self.mask.device)
-        self.cache.reorder_cache(index)
+        kv_cache.keep(self.cache, index)
         tensors = (self.mask[index], self.pending[index], self.drawn[index], self.uniforms[index])
         batch = _Batch([self.rows[place] for place in places], self.cache, *tensors)
-        if batch.takes_more:
+        if kv_cache.takes_more(batch.cache):
             batch.resize(max(row.length for row in batch.rows))
         return batch
 
@@ -273,9 +269,7 @@ class _Batch:
         width = max(self.mask.shape[1], new.mask.shape[1])
         self.resize(width)
         new.resize(width)
-        for ours, theirs in zip(self.cache.layers, new.cache.layers, strict=True):
-            if ours.is_initialized:  # a layer that shares another's keys holds none
-                ours.keys, ours.values = torch.cat([ours.keys, theirs.keys]), torch.cat([ours.values, theirs.values])
+        kv_cache.join(self.cache, new.cache)
         names = ("mask", "pending", "drawn", "uniforms")
         tensors = {name: torch.cat([getattr(self, name), getattr(new, name)]) for name in names}
         return _Batch(self.rows + new.rows, self.cache, **tensors)
@@ -283,10 +277,4 @@ class _Batch:
     def resize(self, width: int) -> None:
         """Pad or cut on the left to L = width."""
         self.mask = pad(self.mask, (width - self.mask.shape[1], 0))
-        for layer in self.cache.layers:
-            if layer.is_initialized:
-                columns = min(width, layer.sliding_window - 1) if layer.is_sliding else width
-                missing = columns - layer.keys.shape[-2]
-                layer.keys, layer.values = pad(layer.keys, (0, 0, missing, 0)), pad(layer.values, (0, 0, missing, 0))
-                if layer.is_sliding:
-                    layer.cumulative_length = width
+        kv_cache.resize(self.cache, width)

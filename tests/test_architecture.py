@@ -12,7 +12,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "bvpo"
 LAYERS = [  # a file imports from the lines above its own only
     ["cell", "errors", "math_check", "ranks", "slices", "tasks"],
-    ["armorm", "batches", "checkpoints", "decoding", "gradients", "journal", "lora", "losses", "machine", "moments"],
+    [
+        "armorm",
+        "batches",
+        "checkpoints",
+        "decoding",
+        "gradients",
+        "journal",
+        "kv_cache",
+        "lora",
+        "losses",
+        "machine",
+        "moments",
+    ],
     ["optimization", "remote", "sharded_checkpoints", "stopping", "traces"],
     ["generation", "head", "model_card", "packing", "pairing", "reading"],
     ["benchmark", "derived_pairs", "response_variance", "row_writer", "selection"],
