@@ -50,6 +50,7 @@ class Case:
     checkpoint: bool = False
     full_at: int | None = None  # a step whose checkpoint the last rank cannot write
     resume: str | None = None  # the case whose checkpoint the fit goes on from
+    apart: bool = False  # each rank has found a checkpoint of its own to go on from
     policy: str = "llama"
 
 
@@ -101,7 +102,7 @@ TWO_RANKS = {
     "ddp, marginal": Case(1, 4, "ddp", rows="anchors.jsonl", mixing=MARGINAL),
     "ddp, marginal of 2": Case(2, 2, "ddp", rows="anchors.jsonl", mixing=MARGINAL),
     "fsdp2, marginal": Case(4, 1, "fsdp2", rows="anchors.jsonl", mixing=MARGINAL),
-    **_both("lora", batch_size=2, accumulate=2, model=LORA),
+    **_both("lora", batch_size=2, accumulate=2, model=LORA, checkpoint=True),
     "fsdp2, lora bf16": Case(2, 2, "fsdp2", model=LORA, precision="bf16-true", policy="tied"),
     **_both("broken", batch_size=4, broken_at=2),
     "fsdp2, checkpointing": Case(4, 1, "fsdp2", model={"activation_checkpointing": True}),
@@ -124,6 +125,7 @@ FAULTS = {  # run when the folders of these names were made, or broken
     "fsdp2, from broken": Case(2, 2, "fsdp2", mixing=EARLY, steps=8, resume="broken"),
     "fsdp2, lora from base": Case(2, 2, "fsdp2", model=LORA, resume="fsdp2, optimal to 5"),
     "fsdp2, another cut": Case(1, 4, "fsdp2", mixing=EARLY, steps=8, resume="fsdp2, optimal to 5"),
+    "ddp, apart": Case(2, 2, "ddp", checkpoint=True, apart=True),
 }
 ALONE = {"one rank from two": Case(4, 2, "fsdp2", mixing=EARLY, steps=8, resume="fsdp2, optimal to 5")}
 
@@ -177,7 +179,9 @@ def run(folder: Path, name: str, case: Case) -> None:
     watch, checkpoints = Watch(case, broken), folder / f"{name} checkpoints"
     callbacks: list[L.Callback] = [watch]
     if case.checkpoint:
-        callbacks.append(StepCheckpoint(checkpoints, save_last=True, save_top_k=0, every_n_train_steps=1))
+        saving = StepCheckpoint(checkpoints, save_last=True, save_top_k=0, every_n_train_steps=1)
+        saving.goes_on_from = folder / f"machine {os.environ['RANK']}" / "last.ckpt" if case.apart else None
+        callbacks.append(saving)
     trainer = L.Trainer(
         max_steps=case.steps,
         accelerator="cpu",

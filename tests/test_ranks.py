@@ -275,6 +275,7 @@ def test_adapters_keep_fp32_in_bf16(folder: Path) -> None:
         ("fsdp2, full disk", "No space left on device; last.ckpt is the last good one and is still there"),
         ("fsdp2, lora from base", "tensors differ"),
         ("fsdp2, another cut", "batch_size 2 → 1, accumulate 2 → 4"),
+        ("ddp, apart", "the processes found different checkpoints to go on from"),
         ("one rank from two", "was written by 2 processes, this run has 1"),
     ],
 )
@@ -297,6 +298,19 @@ def test_a_sharded_checkpoint_becomes_a_hugging_face_model(folder: Path, tmp_pat
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     batch = SequenceBatch(torch.arange(4, 24).view(2, 10), torch.tensor([3, 4]), torch.tensor([10, 8]), 1)
     assert torch.equal(completion_logps(model, batch), completion_logps(again, batch))
+
+
+def test_sharded_adapters_become_one_model(folder: Path) -> None:
+    """Merged into the base: the log-probabilities are those of the adapters that every rank held whole."""
+    batch = SequenceBatch(torch.arange(4, 24).view(2, 10), torch.tensor([3, 4]), torch.tensor([10, 8]), 1)
+    merged = []
+    for strategy in ("ddp", "fsdp2"):
+        model = trained_model(read_trained(folder / f"{strategy}, lora checkpoints" / "last.ckpt"), None)
+        assert not any("lora_" in name for name in model.state_dict())
+        merged.append(completion_logps(model, batch))
+    base = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    torch.testing.assert_close(*merged, rtol=1e-5, atol=1e-5)
+    assert (merged[0] - completion_logps(base, batch)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("fault", ["missing", "cut", "flipped", "no manifest", "strange manifest"])
