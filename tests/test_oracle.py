@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.func import grad, vmap
 
+from bvpo.data import StepSampler
 from bvpo.mixing import Anchor, estimate_alpha
 from bvpo.moments import GradientMoments
 from bvpo.oracle import EMPTY, Oracle, Pairs, Reasoner, descent_bound
@@ -243,6 +244,26 @@ def test_bucketed_units_ruin_the_interval() -> None:
         covered += covers(estimate_alpha(oracle.window(bucketed), 128).interval(), truth)
     print(f"units bucketed by prompt: a nominal 95% covers {covered / 50:.0%}")
     assert covered <= 5
+
+
+@pytest.mark.parametrize(("by_length", "whole_steps"), [(False, False), (True, False), (True, True)])
+def test_interval_covers_with_the_units_of_a_packed_fit(by_length: bool, whole_steps: bool) -> None:
+    """Microbatches as the fit draws them, of rows whose length goes with their prompt. A token budget sorts rows inside
+    a microbatch, which leaves units random; `bucket_by_length` sorts an optimizer batch, so its unit is the step."""
+    oracle, generator = oracle_at(0.0), Generator().manual_seed(0)
+    truth = oracle.moments.optimal_alpha(32)
+    covered = 0
+    for run in range(RUNS):
+        rows = oracle.population.draw(64 * 4 * ROWS if whole_steps else 64 * ROWS, generator)
+        lengths = oracle.population.trace.prompt[rows].tolist() if by_length else None
+        microbatches = torch.tensor([batch.rows for batch in StepSampler(len(rows), ROWS, 4, run, lengths=lengths)])
+        units = microbatches.view(64, -1)
+        covered += covers(estimate_alpha(oracle.window(rows[units]), 32).interval(), truth)
+    print(f"by length {by_length}, whole steps {whole_steps}: a nominal 95% covers {covered / RUNS:.1%}")
+    if by_length and not whole_steps:
+        assert covered / RUNS < 0.8
+    else:
+        assert 0.90 <= covered / RUNS <= 0.98
 
 
 def test_repeated_prompts_are_left_out_of_products() -> None:
