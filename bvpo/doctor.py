@@ -133,7 +133,7 @@ def plan(cli: DoctorCLI) -> Plan:
     """Memory for the longest rows that may come. Raises UserError where the configuration cannot be followed."""
     config, data, module = cli.config, cast(PairData, cli.datamodule), cast(BVPO, cli.model)
     machine, shape = machine_of(config.trainer, config.device_memory), model_shape(config.model.policy)
-    batch = planned_batch(data, shape.packs and module.packing == "auto")
+    batch = planned_batch(data, shape.packs and module.packing != "off")
     estimate = memory_estimate(memory_facts(config, module, shape, batch, machine))
     return Plan([check_memory(estimate, machine), check_positions(shape, batch.tokens)], estimate, machine)
 
@@ -158,7 +158,7 @@ def diagnose(cli: DoctorCLI) -> Diagnosis:
     if kept:
         precision = str(config.trainer.precision or "32-true")
         shape = model_shape(module.policy_name)
-        batch = largest_batch(train, kept, data, shape.packs and module.packing == "auto")
+        batch = largest_batch(train, kept, data, shape.packs and module.packing != "off")
         estimate = memory_estimate(memory_facts(config, module, shape, batch, machine))
         checks += [check_memory(estimate, machine), *size_checks(train, shape, batch.tokens)]
         broken = any(check.status == "fail" and check.name in ("vocabulary", "positions") for check in checks)

@@ -12,12 +12,13 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from transformers import PreTrainedModel
 
 from bvpo import ranks
 from bvpo.data import PairData
 from bvpo.lora import LoRA, add_adapters, start_adapters
-from bvpo.packed import use_packed_attention
+from bvpo.packed import use_attention_kernel, use_packed_attention
 from bvpo.policy import completion_logps, load_policy
 from bvpo.reference import AdapterReference, CachedReference, LiveReference, Reference
 from bvpo.reference_cache import ReferenceCache, weights_fingerprint
@@ -38,7 +39,7 @@ class Models:
     reference_logps: Literal["live", "cached", "adapter"]
     reference_cache: str | None
     lora: LoRA | None
-    packing: Literal["auto", "off"]
+    packing: Literal["auto", "flex", "off"]
     activation_checkpointing: bool
     strategy: Strategy | None = None
 
@@ -87,6 +88,7 @@ class Models:
                 # another reference, or a resumed run
                 model = self._frozen(self.reference or self.policy, policy.dtype)
                 model = model if is_sharded(model) else model.to(device)  # type: ignore[arg-type]
+                self.choose_kernel(model, trainer)
             bars = trainer.progress_bar_callback is not None and trainer.is_global_zero
             for name, cache in caches.items():
                 cache.compute(
@@ -98,6 +100,21 @@ class Models:
                     f"reference log-probabilities, {name} rows" if bars else None,
                 )
         data.attach_reference({name: cache.attached() for name, cache in caches.items()})
+
+    def choose_kernel(self, model: nn.Module, trainer: L.Trainer) -> None:
+        """Let packed rows be attended in one call a layer, where the device that the model is on by now has a kernel.
+
+        Raises:
+            UserError: Packing is `flex`, and the device cannot train with it.
+        """
+        if self.packing == "off":
+            return
+        with trainer.precision_plugin.forward_context():
+            fault = use_attention_kernel(cast(PreTrainedModel, model), self.packing, completion_logps)
+        if fault is not None:
+            rank_zero_warn(
+                f"packed rows are attended sequence by sequence, the kernel for whole rows is wrong here: {fault}"
+            )
 
     def _frozen(self, name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return self._packed(self._load(name, lambda _: None, dtype), name)
@@ -115,6 +132,6 @@ class Models:
 
     def _packed(self, model: PreTrainedModel, name: str) -> PreTrainedModel:
         """With the attention that packed sequences need, where it is right for the model."""
-        if self.packing == "auto" and (fault := use_packed_attention(model, completion_logps)):
+        if self.packing != "off" and (fault := use_packed_attention(model, completion_logps)):
             rank_zero_warn(f"{name}: sequences are padded, packing is not right for this model: {fault}")
         return model

@@ -76,7 +76,7 @@ class BVPO(L.LightningModule):
         clip: Largest norm of the mixed gradient; 0 does not clip.
         sketch_size: Numbers kept of a unit's gradient for the statistics; a smaller model's gradient is kept exactly.
         packing: `auto` computes sequences without padding, and a prompt that chosen and rejected share once, where the
-            model's architecture allows it; `off` pads.
+            model's architecture allows it; `flex` does this with FlexAttention, on CUDA GPUs; `off` pads.
         activation_checkpointing: Keep the layers' inputs alone for the backward pass and compute the rest again: less
             memory for about a third more time.
     """
@@ -99,7 +99,7 @@ class BVPO(L.LightningModule):
         accumulate: int = 1,
         clip: float = 1.0,
         sketch_size: int = 32_768,
-        packing: Literal["auto", "off"] = "auto",
+        packing: Literal["auto", "flex", "off"] = "auto",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -213,8 +213,11 @@ class BVPO(L.LightningModule):
         return self._data.sampler().steps * (self.trainer.max_epochs or 1)
 
     def on_fit_start(self) -> None:
-        if isinstance(self.reference, LiveReference) and not is_sharded(self.policy):
-            self.reference.to(self.device)
+        self.models.choose_kernel(self.policy, self.trainer)
+        if isinstance(self.reference, LiveReference):
+            if not is_sharded(self.policy):
+                self.reference.to(self.device)
+            self.models.choose_kernel(self.reference.model, self.trainer)
         elif isinstance(self.reference, CachedReference):
             self.models.fill_cache(self.reference, self.policy, self.trainer)
         assert self.reference is not None

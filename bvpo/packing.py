@@ -7,7 +7,7 @@ sequence comes whole, and of the others their completions alone:
 
 Every completion continues the prompt at position P, and its first token is scored from the prompt's last hidden state.
 
-Shapes: S sequences, T columns of the padded batch, N tokens of the row, M completion tokens.
+Shapes: S sequences, T columns of the padded batch, N tokens of the row, M completion tokens, N' keys.
 """
 
 from __future__ import annotations
@@ -57,6 +57,39 @@ class PackedBatch(NamedTuple):
     counts: tuple[int, ...]
 
 
+class Spans(NamedTuple):
+    """What each block attends to, as it is told to kernels that take sequences of unlike lengths in one call.
+
+    Attributes:
+        keys: (N',) int64 places in the row of each block's keys, one block after the other: those of the prompt that it
+            continues, then its own. None where that is the row as it lies: no prompt is shared.
+        query_starts, key_starts: (S + 1,) int32 where each block's queries begin in the row, and its keys in `keys`;
+            then the end.
+        most_queries, most_keys: Of the longest block, and of the longest sequence.
+    """
+
+    keys: Tensor | None
+    query_starts: Tensor
+    key_starts: Tensor
+    most_queries: int
+    most_keys: int
+
+
+class Tokens(NamedTuple):
+    """Whose each of the row's tokens is: (N,) int64 each.
+
+    Attributes:
+        block: The block that it is in.
+        owner, prefix: Those of this block.
+        position: Its place in its own sequence.
+    """
+
+    block: Tensor
+    owner: Tensor
+    prefix: Tensor
+    position: Tensor
+
+
 def pack(batch: SequenceBatch, share_prompts: bool = True) -> PackedBatch:
     """The batch as one row, on its own device. The layout is computed on the CPU: a batch that is there costs no sync.
 
@@ -100,6 +133,34 @@ def pack(batch: SequenceBatch, share_prompts: bool = True) -> PackedBatch:
     )
 
 
+def spans(blocks: tuple[Block, ...], device: torch.device) -> Spans:
+    """The blocks' queries and keys."""
+    _, queries, prefix, owner = torch.tensor(blocks).T  # (S,) each
+    starts = queries.cumsum(0) - queries
+    keys = prefix + queries
+    column = _count_up(keys)  # (N',) each key's place in its own sequence
+    begin = torch.where(
+        column < prefix.repeat_interleave(keys),
+        starts[owner].repeat_interleave(keys),
+        (starts - prefix).repeat_interleave(keys),
+    )
+    return Spans(
+        keys=(begin + column).to(device) if prefix.any() else None,
+        query_starts=_from_0(queries).to(device),
+        key_starts=_from_0(keys).to(device),
+        most_queries=int(queries.max()),
+        most_keys=int(keys.max()),
+    )
+
+
+def tokens(blocks: tuple[Block, ...], device: torch.device) -> Tokens:
+    """The row's tokens, one by one."""
+    _, size, prefix, owner = torch.tensor(blocks).T  # (S,) each
+    block = torch.arange(len(blocks)).repeat_interleave(size)
+    of_tokens = Tokens(block, owner[block], prefix[block], _count_up(size) + prefix[block])
+    return Tokens(*(tensor.to(device) for tensor in of_tokens))
+
+
 def _same_prompt(input_ids: Tensor, prompts: list[int]) -> list[list[int]]:
     """The sequences in groups with one prompt, in the order of their first appearance."""
     groups: dict[bytes, list[int]] = {}
@@ -111,3 +172,8 @@ def _same_prompt(input_ids: Tensor, prompts: list[int]) -> list[list[int]]:
 def _count_up(counts: Tensor) -> Tensor:
     """(M,) 0 … counts[s] − 1 for one s after the other."""
     return torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+
+
+def _from_0(counts: Tensor) -> Tensor:
+    """(S + 1,) int32 0 and the sums of the first s counts."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()

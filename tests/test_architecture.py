@@ -27,7 +27,7 @@ LAYERS = [  # a file imports from the lines above its own only
     ],
     ["optimization", "remote", "sharded_checkpoints", "stopping", "traces"],
     ["generation", "head", "model_card", "packing", "pairing", "reading"],
-    ["benchmark", "derived_pairs", "response_variance", "row_writer", "selection"],
+    ["attention_kernels", "benchmark", "derived_pairs", "response_variance", "row_writer", "selection"],
     ["anchor", "attention", "backends", "mixing", "prompts", "rows", "sample_report", "window"],
     ["alpaca_eval", "arena_hard", "benchmark_scores", "held_out", "maths"],
     ["evaluation_report", "packed", "pairs"],

@@ -67,7 +67,7 @@ def test_every_sequence_is_attended_as_if_it_were_alone(reach: int | None, softc
     starts, row = [0, *accumulate(lengths)], states(sum(lengths))
     rule = None if reach is None else sliding_window_causal_mask_function(reach)
     found, _ = packed_attention(
-        nn.Module(), *row, PackedMask(BLOCKS, rule, reach), scaling=0.3, softcap=softcap, dropout=0.0
+        nn.Module(), *row, PackedMask(BLOCKS, rule, reach, CPU), scaling=0.3, softcap=softcap, dropout=0.0
     )
     expected = torch.zeros_like(found)
     for number, block in enumerate(BLOCKS):
@@ -105,17 +105,17 @@ def test_a_short_sequence_needs_no_mask_and_a_long_one_the_models_own() -> None:
     full = mask_of(mask_function=causal_mask_function)
     sliding = mask_of(mask_function=sliding_window_causal_mask_function(4), local_size=4)
     chunked = mask_of(mask_function=chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long)), local_size=4)
-    assert full.of(1000, CPU) is None
-    assert sliding.of(4, CPU) is None and chunked.of(4, CPU) is None
+    assert full.of(1000) is None
+    assert sliding.of(4) is None and chunked.of(4) is None
     for length in (5, 7):
         chunk = torch.arange(length) // 4
-        assert_close(sliding.of(length, CPU), window(length, 4))
-        assert_close(chunked.of(length, CPU), window(length, None) & (chunk[:, None] == chunk))
+        assert_close(sliding.of(length), window(length, 4))
+        assert_close(chunked.of(length), window(length, None) & (chunk[:, None] == chunk))
 
 
 def test_a_rule_that_the_model_has_changed_is_applied_to_short_sequences_too() -> None:
     both_ways = mask_of(mask_function=lambda *_: torch.ones(3, 3, dtype=torch.bool), local_size=4, use_vmap=True)
-    assert_close(both_ways.of(3, CPU), torch.ones(3, 3, dtype=torch.bool))
+    assert_close(both_ways.of(3), torch.ones(3, 3, dtype=torch.bool))
 
 
 # --- Outside packed rows ----------------------------------------------------------------------------------------------

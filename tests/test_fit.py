@@ -131,6 +131,7 @@ BAD_INPUT = {  # an option that a user may get wrong, and what the message must 
     "too long": ("--data.max_length=3", "row 1: longest sequence has"),
     "α above 1": ("--model.mixing.alpha=1.5", "[0, 1]"),
     "α below 0": ("--model.mixing.alpha=-0.1", "[0, 1]"),
+    "FlexAttention on a CPU": ("--model.packing=flex", "--model.packing auto"),
     "β = 0": ("--model.beta=0", "beta must be > 0"),
     "β of the loss": ("--model.loss.beta=-1", "beta must be > 0"),
     "no weights": ("--model.policy={folder}/hollow", "no weights"),
