@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from jsonargparse import ArgumentParser
 
 from bvpo.errors import UserError
 from bvpo.runs import quiet_lightning
+
+T = TypeVar("T")
 
 
 def options_parser(program: str, description: str | None, progress: bool = True) -> ArgumentParser:
@@ -22,6 +25,14 @@ def options_parser(program: str, description: str | None, progress: bool = True)
     if progress:
         parser.add_argument("--progress", type=bool, default=True, help="Show progress bars.")
     return parser
+
+
+def read_options(parser: ArgumentParser, kind: type[T], args: Sequence[str] | None) -> tuple[T, bool]:
+    """The options, where they are the fields of a class, and whether to show progress bars."""
+    given = parser.parse_args(args)
+    progress = given.pop("progress")
+    given.pop("config", None)
+    return kind(**vars(parser.instantiate_classes(given))), progress
 
 
 def exit_code(work: Callable[[], None], interrupted: str) -> int:

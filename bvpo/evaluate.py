@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from bvpo.commands import exit_code, options_parser
+from bvpo.commands import exit_code, options_parser, read_options
 from bvpo.evaluation import Evaluation, run
 from bvpo.evaluation_report import print_figures
 
@@ -23,10 +23,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0; 2 after an error that the user can mend; 130 when interrupted."""
 
     def work() -> None:
-        given = (own := parser()).parse_args(args)
-        progress = given.pop("progress")
-        given.pop("config", None)
-        options = Evaluation(**vars(own.instantiate_classes(given)))
+        options, progress = read_options(parser(), Evaluation, args)
         results = run(options, progress)
         print_figures(results.figures, results.judges)
         print(f"results  {options.output}/results.json")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from bvpo.commands import exit_code, options_parser
+from bvpo.commands import exit_code, options_parser, read_options
 from bvpo.sample_report import Summary, print_summary
 from bvpo.sampled_rows import SampledRows
 from bvpo.sampler import Sampler, Sampling
@@ -38,10 +38,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0; 2 after an error that the user can mend; 130 when interrupted."""
 
     def work() -> None:
-        given = (own := parser()).parse_args(args)
-        progress = given.pop("progress")
-        given.pop("config", None)
-        options = Sampling(**vars(own.instantiate_classes(given)))
+        options, progress = read_options(parser(), Sampling, args)
         summary = run(options, progress)
         if summary is not None:
             print_summary(summary, options.output, options.work)
