@@ -94,6 +94,13 @@ def print_summary(summary: Summary, output: str, work: Path, console: Console | 
     if summary.lost_anchors:
         console.print(f"{summary.lost_anchors} anchor traces were not finished, or not their text's ids, and left out")
     console.print(f"rows        {output}", soft_wrap=True)
-    console.print(f"look first  python -m bvpo.doctor --data.train {output} ...", soft_wrap=True)
+    if summary.rows:
+        console.print(f"look first  python -m bvpo.doctor --data.train {output} ...", soft_wrap=True)
+    else:
+        console.print(
+            "no row      nothing can be trained on this: no prompt gave the pairs of a row. Raise --max_new_tokens where "
+            "responses were cut or have no finished trace, --samples where scores tie",
+            soft_wrap=True,
+        )
     counts = vars(summary) | {"modes": {mode: vars(own) for mode, own in summary.modes.items()}}
     (work / "summary.json").write_text(json.dumps(counts, indent=1))

@@ -223,6 +223,13 @@ def test_what_cannot_enter_a_pair_is_counted(tmp_path: Path, capsys: pytest.Capt
     assert counts["modes"]["thinking"]["problems"]["cut"] > 0 and counts["rows"] == len(rows)
 
 
+def test_a_sample_without_a_row_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two tokens are too few for any answer."""
+    assert sample.main(command(tmp_path / "pairs.jsonl", max_new_tokens="2", limit="3", anchor_traces="0")) == 0
+    shown = capsys.readouterr().out
+    assert "nothing can be trained on this" in shown and "--max_new_tokens" in shown and "look first" not in shown
+
+
 def test_pairs_of_corrupted_traces(tmp_path: Path) -> None:
     output = tmp_path / "pairs.jsonl"
     assert sample.main(command(output, pairs="bvpo.pairing.CorruptedDigits", limit="20", samples="3")) == 0
