@@ -98,8 +98,8 @@ def print_summary(summary: Summary, output: str, work: Path, console: Console | 
         console.print(f"look first  python -m bvpo.doctor --data.train {output} ...", soft_wrap=True)
     else:
         console.print(
-            "no row      nothing can be trained on this: no prompt gave the pairs of a row. Raise --max_new_tokens where "
-            "responses were cut or have no finished trace, --samples where scores tie",
+            "no row      nothing can be trained on this: no prompt gave the pairs of a row. Raise --max_new_tokens "
+            "where responses were cut or have no finished trace, --samples where scores tie",
             soft_wrap=True,
         )
     counts = vars(summary) | {"modes": {mode: vars(own) for mode, own in summary.modes.items()}}
