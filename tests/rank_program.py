@@ -217,7 +217,8 @@ def run(folder: Path, name: str, case: Case) -> None:
     except UserError as raised:
         error = str(raised)
     sharded_checkpoints.save_file = write
-    weights = {key: full(value).clone() for key, value in module.policy.state_dict().items()}
+    trained = module.policy.state_dict() if hasattr(module, "policy") else {}  # a refusal may come before it is loaded
+    weights = {key: full(value).clone() for key, value in trained.items()}
     validation = {key: float(value) for key, value in trainer.callback_metrics.items() if "validation" in key}
     seen = ranks.gather_objects((watch.prompts, watch.bytes, watch.metrics))
     errors = ranks.gather_objects(error)
