@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import shutil
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -121,7 +122,7 @@ EIGHT_BITS = {
     "8 bits to 2": Case(2, 2, "fsdp2", checkpoint=True, broken_at=-2, **EIGHT),
     "8 bits from 2": Case(2, 2, "fsdp2", resume="8 bits to 2", **EIGHT),
 }
-FAULTS = {  # run when the folders of these names were made, or broken
+FAULTS = {  # run behind those whose checkpoints they go on from
     "fsdp2, from broken": Case(2, 2, "fsdp2", mixing=EARLY, steps=8, resume="broken"),
     "fsdp2, lora from base": Case(2, 2, "fsdp2", model=LORA, resume="fsdp2, optimal to 5"),
     "fsdp2, another cut": Case(1, 4, "fsdp2", mixing=EARLY, steps=8, resume="fsdp2, optimal to 5"),
@@ -201,6 +202,10 @@ def run(folder: Path, name: str, case: Case) -> None:
     )
     if not isinstance(trainer.strategy, FSDP2):
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    if case.resume == "broken" and ranks.own() == 0 and not (folder / "broken checkpoints").exists():
+        shutil.copytree(folder / "fsdp2, optimal to 5 checkpoints", folder / "broken checkpoints")
+        flip(folder / "broken checkpoints" / "last.ckpt" / "rank_00001.safetensors")
+    ranks.barrier()
     ckpt = None if case.resume is None else str(folder / f"{case.resume} checkpoints" / "last.ckpt")
     error = ""
     write = sharded_checkpoints.save_file
@@ -225,6 +230,13 @@ def run(folder: Path, name: str, case: Case) -> None:
     if ranks.own() == 0:
         found = {"weights": weights, "metrics": watch.metrics, "validation": validation, "seen": seen, "errors": errors}
         torch.save(found, folder / f"{name}.pt")
+
+
+def flip(path: Path) -> None:
+    """Another bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def full(tensor: Tensor) -> Tensor:

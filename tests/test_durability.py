@@ -174,7 +174,7 @@ WITHIN = {  # of how many moments of a kind, from its start or resumption, a run
 }
 
 
-@pytest.mark.parametrize("seed", range(7))
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 7))])
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(
     command: Command, whole: Path, tmp_path: Path, seed: int
 ) -> None:

@@ -25,7 +25,7 @@ from bvpo.policy import completion_logps
 from bvpo.runs import lock_run
 from bvpo.sharded_checkpoints import read_common, read_whole
 from tests.conftest import make_rows, write_rows
-from tests.rank_program import ALONE, EIGHT_BITS, FAULTS, ONE_RANK, TWO_RANKS
+from tests.rank_program import ALONE, EIGHT_BITS, FAULTS, ONE_RANK, TWO_RANKS, flip
 
 Found = dict[str, Any]
 pytestmark = pytest.mark.xdist_group("ranks")  # all fits run once, for all tests
@@ -104,20 +104,9 @@ def folder(parts: Path) -> Path:
     """The same with what all fits came to, of one process and of two."""
     folder = parts
     launch(folder, 1, list(ONE_RANK))
-    launch(folder, 2, list(TWO_RANKS))
-    good = folder / "fsdp2, optimal to 5 checkpoints"
-    shutil.copytree(good, folder / "broken checkpoints")
-    flip(folder / "broken checkpoints" / "last.ckpt" / "rank_00001.safetensors")
-    launch(folder, 2, list(FAULTS))
+    launch(folder, 2, [*TWO_RANKS, *FAULTS])
     launch(folder, 1, list(ALONE))
     return folder
-
-
-def flip(path: Path) -> None:
-    """Another bit in the middle of a file."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def read(folder: Path, name: str) -> Found:

@@ -49,7 +49,7 @@ def test_a_short_default_fit_raises_held_out_accuracy(tmp_path: Path) -> None:
         assert line in shown.getvalue()
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, *(pytest.param(alpha, marks=pytest.mark.slow) for alpha in (0.5, 1.0))])
 def test_sketches_stand_for_whole_gradients(alpha: float, tmp_path: Path) -> None:
     """The same fit twice, 622,080 numbers a gradient beside 32,768: ‖g‖² within 3%, cosines within 0.02, α̂ within one
     standard error. The bounds are 3.8 and more standard deviations of a sketch's inner product."""
