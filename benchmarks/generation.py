@@ -18,19 +18,14 @@ disturb less.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
+import record
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -133,6 +128,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", help="write the figures to this file too")
     options = parser.parse_args()
+    facts = record.circumstances()
     torch.set_num_threads(options.threads)
     work = {"tiny": tiny, "large": large}[options.model](options.prompts, options.responses)
     alone = replace(work, requests=work.requests[:: max(1, len(work.requests) // options.alone)])
@@ -167,13 +163,9 @@ def main() -> None:
                 f"{name:28}{medians[name]:8.0f} tokens a second of the {clock} ({rounds}); "
                 f"Transformers is {ratios[clock][name]:.2f} times as fast"
             )
-    packages = {package: version(package) for package in ("bvpo", "torch", "transformers")}
-    print(", ".join(f"{package} {number}" for package, number in packages.items()))
-    print(f"Python {platform.python_version()}, {options.threads} threads, load {os.getloadavg()[0]:.1f}")
-    if options.json:
-        figures = {"command": " ".join(sys.argv), "tokens_a_second": speeds, "tokens": tokens, "ratios": ratios}
-        figures |= {"versions": packages, "threads": options.threads, "machine": platform.machine()}
-        Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
+    record.show(facts)
+    figures = {"threads": options.threads, "tokens_a_second": speeds, "tokens": tokens, "ratios": ratios}
+    record.write(options.json, facts, figures)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ sketches, the Gram matrix, α̂ and its jackknife.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import record
 import torch
 from datasets import Dataset
 
@@ -59,6 +58,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", help="write the figures to this file too")
     options = parser.parse_args()
+    facts = record.circumstances()
     torch.set_num_threads(options.threads)
     L.seed_everything(0, verbose=False)
     rows = load_rows("builtin:tiny_reasoner")
@@ -87,14 +87,11 @@ def main() -> None:
         "median_of_paired_ratios": float(np.median(with_ / without)),
         "steps": options.steps,
         "threads": options.threads,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
     }
     for name, value in figures.items():
         print(f"{name:24} {value}")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(figures, file, indent=2)
+    record.show(facts)
+    record.write(options.json, facts, figures)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -27,6 +25,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any, cast
 
+import record
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -205,6 +204,7 @@ def main() -> None:
     if options.profile:
         print(top_costs(dtype, options.pairs))
         return
+    facts = record.circumstances()
     figures = timed(dtype, options.rounds, options.pairs)
     command = [sys.executable, __file__, f"--dtype={options.dtype}", f"--pairs={options.pairs}"]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
@@ -212,14 +212,12 @@ def main() -> None:
         kind: float(subprocess.check_output([*command, f"--memory={kind}"], env=environment, text=True).split()[-1])
         for kind in KINDS
     }
-    figures |= {"dtype": options.dtype, "threads": options.threads, "torch": torch.__version__}
-    figures |= {"machine": platform.machine()}
+    figures |= {"dtype": options.dtype, "threads": options.threads}
     for name, value in figures.items():
         shown = value if not isinstance(value, dict) else {key: round(number, 3) for key, number in value.items()}
         print(f"{name:20} {shown}")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(figures, file, indent=2)
+    record.show(facts)
+    record.write(options.json, facts, figures)
 
 
 if __name__ == "__main__":

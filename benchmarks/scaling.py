@@ -16,7 +16,6 @@ are equally long here, so packing saves repeated prompts alone.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from dataclasses import replace
 from itertools import pairwise
@@ -25,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import record
 from rich.console import Console
 from rich.table import Table
 from turns import CUDA, measure
@@ -94,11 +94,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file too")
     options = parser.parse_args()
-    console = Console(width=110)
+    console, facts = Console(width=110), record.circumstances()
     variants = [Variant("padded", options.reference, True), Variant("packed", options.reference, True)]
     figures = {axis: follow(axis, variants, options, console) for axis in options.axes}
-    if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1))
+    record.show(facts)
+    record.write(options.json, facts, figures)
 
 
 if __name__ == "__main__":

@@ -33,24 +33,19 @@ each estimator's are, 4,016 packed and 3,276 with each prompt once (the run that
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
-import json
-import os
-import platform
-import subprocess
 import tempfile
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import record
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
-from turns import CUDA, Step, measure
+from turns import Step, measure
 from variants import PRODUCT, TRL, VARIANTS, Case, Row, Setting, Variant, all_pairs, product_flops, run
 
 Steps = dict[Variant, list[Step]]  # of which the last one's memory was counted
@@ -147,24 +142,6 @@ def report(variants: list[Variant], setting: Setting, repeats: int, console: Con
     return {"variants": figures, "product_gflops_per_second": gflops, "necessary_flops": flops}
 
 
-def facts(setting: Setting) -> dict[str, Any]:
-    """With what the figures were measured."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True)
-    names = ("torch", "lightning", "transformers", "trl", "liger_kernel")
-    found = {name: importlib.import_module(name) for name in names if importlib.util.find_spec(name)}
-    return {
-        "setting": asdict(setting),
-        "versions": {name: getattr(module, "__version__", "?") for name, module in found.items()},
-        "python": platform.python_version(),
-        "machine": torch.cuda.get_device_name() if CUDA else platform.machine(),
-        "threads": setting.threads,
-        "load": round(os.getloadavg()[0], 1),  # processes that want a core, as the run begins
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or None,
-    }
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Setting()
@@ -189,7 +166,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    options = parse()
+    options, facts = parse(), record.circumstances()
     names = [name for name in asdict(Setting()) if name != "dtype"]
     given: dict[str, Any] = {name: getattr(options, name) for name in names}
     given |= {name: tuple(bounds) for name, bounds in given.items() if isinstance(bounds, list)}
@@ -201,7 +178,8 @@ def main() -> None:
         variants = [variant for variant in variants if variant.kind != "trl"]
 
     tokens = count_tokens(setting.make_rows())
-    figures = facts(setting) | {"tokens": tokens}
+    name = setting.model and Path(setting.model).name
+    figures: dict[str, Any] = {"setting": asdict(replace(setting, model=name)), "tokens": tokens}
     console.print("tokens a forward pass: " + ", ".join(f"{name} {number:,}" for name, number in tokens.items()))
     if tokens["padded"] == tokens["packed"]:
         console.print("an estimator's sequences are all of one length: packing saves no padding, only repeated prompts")
@@ -209,10 +187,8 @@ def main() -> None:
         saved = setting.with_weights(folder)
         for dtype in ["fp32", "bf16"] if options.dtype == "both" else [options.dtype]:
             figures[dtype] = report(variants, replace(saved, dtype=dtype), options.repeats, console)
-    for name in ("versions", "python", "machine", "threads", "load", "date", "commit"):
-        console.print(f"{name:10} {figures[name]}", highlight=False)
-    if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1))
+    record.show(facts)
+    record.write(options.json, facts, figures)
 
 
 if __name__ == "__main__":

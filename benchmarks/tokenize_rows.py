@@ -21,17 +21,17 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import record
 
 WORDS, SPREAD, MOST = 90, 1.3, 3_000  # of a trace: the median, the logarithm's standard deviation, the longest
 SENTENCES = 20_000  # that texts are drawn from
@@ -222,6 +222,7 @@ def main() -> None:
     if options.start:
         return start(options.start, options.workers)
 
+    facts = record.circumstances()
     with tempfile.TemporaryDirectory() as name:
         folder, suffix = Path(name), "parquet" if options.parquet else "jsonl"
         large, small = folder / f"large.{suffix}", folder / f"small.{suffix}"
@@ -260,15 +261,9 @@ def main() -> None:
     for label, ratio in ratios.items():
         print(f"{label:44}{ratio:10.2f}")
     speed = one["tokens"] / one["tokenize_seconds"]
-    packages = {package: version(package) for package in ("bvpo", "datasets", "pyarrow", "tokenizers", "transformers")}
     print(f"{one['tokens']} tokens, {speed:.0f} a second with 1 worker; {one['imports_mib']:.0f} MiB are the imports")
-    print(", ".join(f"{package} {number}" for package, number in packages.items()))
-    print(f"Python {platform.python_version()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    command = f"python {' '.join(sys.argv)}"
-    print(command)
-    if options.json:
-        figures = {"command": command, "file_mb": size, "starts": starts, "ratios": ratios, "versions": packages}
-        Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
+    record.show(facts)
+    record.write(options.json, facts, {"file_mb": size, "starts": starts, "ratios": ratios})
 
 
 if __name__ == "__main__":

@@ -20,15 +20,12 @@ Shapes: M rows, P parameters, K subsets of rows.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import cast
 
+import record
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
@@ -36,7 +33,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from bvpo.assets.build_tiny_reasoner import DECODING, RESPONSES, conversation_of
+from bvpo.assets.build_tiny_reasoner import DECODING, conversation_of
 from bvpo.batches import SequenceBatch
 from bvpo.generation import generate
 from bvpo.losses import DPO
@@ -47,6 +44,7 @@ from bvpo.tasks import Question, draw_questions, is_correct
 from bvpo.traces import render_prompt, split
 
 LOSS = DPO(beta=0.5)  # as in experiments/alpaca.yaml; at θ_ref it scales both parts alike
+RESPONSES = 5  # from which each of the built-in pairs was formed
 BUDGETS = (RESPONSES, 16, 64, 256, 1024)  # responses to a prompt
 
 
@@ -151,6 +149,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.samples < RESPONSES:
         parser.error(f"--samples must be ≥ {RESPONSES}, the responses that a pair is formed from")
+    measured = record.circumstances()
     torch.set_num_threads(1)
     policy = load_policy("builtin:tiny_reasoner")
     budgets = [*(budget for budget in BUDGETS if budget < options.samples), options.samples]
@@ -172,7 +171,6 @@ def main() -> None:
         "pairs' share": f"≥ {shares[-1].traces * len(rows) / len(pairs) / all_total:.3f}",
         "responses": len(answers),
         "unfinished": answers.count(None),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}",
     }
     table = Table("responses", "rows", "trΣ_t a pair", "traces", "answers", "traces' share", "95% interval")
     for s in shares:
@@ -182,8 +180,8 @@ def main() -> None:
     Console(width=110).print(table)
     for name, value in facts.items():
         print(f"{name:14} {value}")
-    if options.json:
-        Path(options.json).write_text(json.dumps({**facts, "shares": [asdict(s) for s in shares]}, indent=2))
+    record.show(measured)
+    record.write(options.json, measured, facts | {"shares": [asdict(s) for s in shares]})
 
 
 if __name__ == "__main__":
