@@ -188,13 +188,15 @@ def estimate_alpha(moments: GradientMoments, batch_size: float, anchor: Anchor =
         raise ValueError("the marginal anchor needs anchor gradients, and this window holds none")
     if not batch_size > 0:
         raise ValueError(f"the batch size must be positive, got {batch_size}")
-    steps = len(moments.steps.unique())
+    steps = len(moments.jackknifed.unique())
 
     def without(reason: str) -> AlphaEstimate:
         return AlphaEstimate.refused(reason, steps, len(moments), moments.reused_fraction)
 
     if not bool(moments.independent.any()):
         return without(f"{len(moments)} units hold no two without a common prompt: at least two are needed")
+    if not bool((moments.counts.sum(-1).diagonal() > 0).all()):
+        return without("the window holds no row of one of the estimators")
     ratio, curvature = _ratios(moments, None, batch_size, anchor)
     if not bool(curvature.isfinite()):
         return without("the window's gradients are not finite")

@@ -33,14 +33,15 @@ class GradientMoments:
         gram: (E, E, M, M) float64 inner products.
         counts: (E, E, M) float64 rows of each unit: n_ab, that both estimators average over; n_a on the diagonal.
         prompts: (M, R) int64 prompt keys, −1 where a unit has fewer; None where all units have prompts of their own.
-        steps: (M,) int64 optimizer step of each unit: the jackknife leaves out a step at a time.
+        steps: (M,) int64 optimizer step of each unit: the jackknife leaves out a step at a time. None where each unit is a
+            step of its own.
     """
 
     vectors: Tensor
     gram: Tensor
     counts: Tensor
     prompts: Tensor | None
-    steps: Tensor
+    steps: Tensor | None
 
     @classmethod
     def from_gradients(
@@ -74,17 +75,21 @@ class GradientMoments:
         vectors = torch.stack(kinds)
         return cls(
             vectors,
-            inner_products(vectors, vectors).cpu(),
+            inner_products(vectors.double(), vectors.double()).cpu(),
             _counts(rows, len(kinds), units),
             prompts,
-            torch.arange(units) if steps is None else steps,
+            steps,
         )
 
     def merge(self, other: GradientMoments) -> GradientMoments:
-        """The moments of both windows' units together: ranks, stretches of a run, notebooks."""
+        """The moments of both windows' units together: ranks, stretches of a run, notebooks.
+
+        Raises:
+            ValueError: One window has anchor gradients, prompts or steps, and the other has none.
+        """
         if len(self.vectors) != len(other.vectors):
             raise ValueError("one of the windows has anchor gradients and the other has none: they cannot be merged")
-        cross = inner_products(self.vectors, other.vectors).cpu()
+        cross = inner_products(self.vectors.double(), other.vectors.double()).cpu()
         upper = torch.cat([self.gram, cross], -1)
         lower = torch.cat([cross.permute(1, 0, 3, 2), other.gram], -1)
         return replace(
@@ -92,12 +97,17 @@ class GradientMoments:
             vectors=torch.cat([self.vectors, other.vectors], 1),
             gram=torch.cat([upper, lower], -2),
             counts=torch.cat([self.counts, other.counts], -1),
-            prompts=_join_prompts(self, other),
-            steps=torch.cat([self.steps, other.steps]),
+            prompts=_join("prompts", *_as_wide(self.prompts, other.prompts)),
+            steps=_join("steps", self.steps, other.steps),
         )
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return self.vectors.shape[1]
+
+    @property
+    def jackknifed(self) -> Tensor:
+        """(M,) which of the jackknife's steps each unit is left out with."""
+        return torch.arange(len(self)) if self.steps is None else self.steps
 
     @property
     def has_anchor(self) -> bool:
@@ -152,7 +162,7 @@ class GradientMoments:
 
     def leave_one_step_out(self) -> Tensor:
         """(K, M) indicators of the jackknife's replicates: one for each step, without its units."""
-        return torch.ne(self.steps, self.steps.unique()[:, None]).double()
+        return torch.ne(self.jackknifed, self.jackknifed.unique()[:, None]).double()
 
 
 @dataclass(frozen=True)
@@ -188,13 +198,21 @@ def _counts(rows: Tensor | None, estimators: int, units: int) -> Tensor:
     return counts.double().expand(estimators, estimators, units).clone()
 
 
-def _join_prompts(a: GradientMoments, b: GradientMoments) -> Tensor | None:
-    if a.prompts is None and b.prompts is None:
+def _join(name: str, a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """What both windows know of their units, or neither."""
+    if a is None and b is None:
         return None
-    if a.prompts is None or b.prompts is None:
-        raise ValueError("one of the windows knows its prompts and the other does not: they cannot be merged")
-    width = max(a.prompts.shape[1], b.prompts.shape[1])
-    return torch.cat([pad_columns(a.prompts, width), pad_columns(b.prompts, width)])
+    if a is None or b is None:
+        raise ValueError(f"one of the windows knows its {name} and the other does not: they cannot be merged")
+    return torch.cat([a, b])
+
+
+def _as_wide(a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Prompt keys with as many columns in both windows."""
+    if a is None or b is None:
+        return a, b
+    width = max(a.shape[1], b.shape[1])
+    return pad_columns(a, width), pad_columns(b, width)
 
 
 def pad_columns(keys: Tensor, width: int) -> Tensor:

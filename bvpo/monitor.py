@@ -166,16 +166,19 @@ class GradientMonitor(nn.Module):
         if self.estimate is None or self.estimate.value is None:
             return metrics
         metrics["mixing/alpha_estimate"] = self.estimate.value
-        best = error([self.estimate.value] * len(parts))
-        if best > 0:
-            metrics["mixing/mse_ratio"] = error(weights) / best
+        common = error([self.estimate.value] * len(parts))
+        if len(self.names) == 1:
+            return metrics | ({"mixing/mse_ratio": error(weights) / common} if common > 0 else {})
         own = [
             estimate.value for estimate in self.group_estimates if estimate is not None and estimate.value is not None
         ]
-        if len(self.names) > 1 and len(own) == len(parts):
+        if len(own) == len(parts):
             metrics |= {f"mixing/alpha_estimate/{name}": a for name, a in zip(self.names, own, strict=True)}
-            if best > 0:
-                metrics["mixing/mse_ratio_per_group"] = error(own) / best
+            best = error(own)
+            if best > 0:  # the common α̂ is no minimum of what the groups' weights are chosen from
+                metrics["mixing/mse_ratio"] = error(weights) / best
+            if common > 0:
+                metrics["mixing/mse_ratio_per_group"] = best / common
         return metrics
 
 
@@ -189,15 +192,21 @@ def refusal(effective_size: float, half_difference: float) -> str:
 
 
 def window_metrics(moments: GradientMoments) -> dict[str, float]:
-    """Variances of one pair's gradients and their noise scales."""
+    """Variances of one pair's gradients and their noise scales; where rows have one pair only, the pairs of a row."""
     statistics = moments.statistics()
-    variance = {
-        "variance/trace": float(statistics.covariance[TRACE, TRACE]),
-        "variance/empty": float(statistics.covariance[EMPTY, EMPTY]),
-        "variance/covariance": float(statistics.covariance[TRACE, EMPTY]),
+    values = {
+        "variance/trace": statistics.covariance[TRACE, TRACE],
+        "variance/empty": statistics.covariance[EMPTY, EMPTY],
+        "variance/covariance": statistics.covariance[TRACE, EMPTY],
+        "gradient/noise_scale_trace": statistics.covariance[TRACE, TRACE] / statistics.inner[TRACE, TRACE],
+        "gradient/noise_scale_empty": statistics.covariance[EMPTY, EMPTY] / statistics.inner[EMPTY, EMPTY],
     }
-    scale = {
-        "gradient/noise_scale_trace": variance["variance/trace"] / float(statistics.inner[TRACE, TRACE]),
-        "gradient/noise_scale_empty": variance["variance/empty"] / float(statistics.inner[EMPTY, EMPTY]),
-    }
-    return variance | scale
+    own = moments.counts.sum(-1)
+    rows = own[TRACE, TRACE] + own[EMPTY, EMPTY] - own[TRACE, EMPTY]
+    if own[TRACE, EMPTY] < rows:
+        values |= {
+            "pairs/trace": own[TRACE, TRACE] / rows,
+            "pairs/empty": own[EMPTY, EMPTY] / rows,
+            "pairs/both": own[TRACE, EMPTY] / rows,
+        }
+    return {name: float(value) for name, value in values.items()}  # of gradients that are all 0, a scale is no number

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from bvpo.mixing import mean_squared_error
+from bvpo.mixing import estimate_alpha, mean_squared_error
 from bvpo.moments import EMPTY, TRACE, GradientMoments
+from bvpo.monitor import window_metrics
 from bvpo.window import GradientWindow
 
 
@@ -95,7 +97,44 @@ def test_merging_windows_is_one_window() -> None:
     ]
     merged = parts[0].merge(parts[1])
     assert torch.allclose(merged.gram, whole.gram, rtol=1e-12)
-    assert torch.equal(merged.independent, whole.independent) and torch.equal(merged.steps, whole.steps)
+    assert torch.equal(merged.independent, whole.independent)
+    assert merged.steps is not None and merged.steps.tolist() == list(range(9))
+
+
+def test_merged_units_remain_steps_of_their_own() -> None:
+    """Two windows' first units are no common step: the interval is that of one window."""
+    trace, empty = gradients(12)
+    whole = GradientMoments.from_gradients(trace, empty)
+    first, second = (GradientMoments.from_gradients(trace[cut], empty[cut]) for cut in (slice(0, 5), slice(5, 12)))
+    found, expected = estimate_alpha(first.merge(second), 8), estimate_alpha(whole, 8)
+    assert found.steps == expected.steps == 12
+    assert found.value == pytest.approx(expected.value, rel=1e-12)
+    assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-9)
+    stepped = GradientMoments.from_gradients(trace, empty, steps=torch.arange(12))
+    with pytest.raises(ValueError, match="knows its steps and the other does not"):
+        whole.merge(stepped)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1e-30, 0.0), (1e22, 0.0), (0.1, 1000.0)])
+def test_small_large_and_shifted_gradients_in_fp32_lose_nothing(scale: float, shift: float) -> None:
+    trace, empty = ((shift + scale * part).float() for part in gradients(12))
+    found = GradientMoments.from_gradients(trace, empty)
+    expected = GradientMoments.from_gradients(trace.double(), empty.double())
+    torch.testing.assert_close(found.statistics().covariance, expected.statistics().covariance, rtol=1e-9, atol=0)
+    assert estimate_alpha(found, 8).value == pytest.approx(estimate_alpha(expected, 8).value, rel=1e-9)
+
+
+def test_a_window_without_an_estimators_rows_says_so() -> None:
+    trace, empty = gradients(6)
+    counts = torch.ones(2, 2, 6)
+    counts[1], counts[:, 1] = 0, 0
+    found = estimate_alpha(GradientMoments.from_gradients(trace, 0 * empty, rows=counts), 8)
+    assert found.value is None and "no row of one of the estimators" in found.reason
+
+
+def test_gradients_of_zero_have_no_noise_scale() -> None:
+    metrics = window_metrics(GradientMoments.from_gradients(torch.zeros(4, 3), torch.zeros(4, 3)))
+    assert metrics["variance/trace"] == 0 and math.isnan(metrics["gradient/noise_scale_trace"])
 
 
 def test_the_window_keeps_the_last_units_and_their_gram_matrix() -> None:
