@@ -25,7 +25,7 @@ from rich.console import Console
 
 from bvpo.ablation_table import Entry, Values, compare, fit_values, plot, write
 from bvpo.errors import UserError
-from bvpo.grid import Fit, Grid, load_grid
+from bvpo.grid import JOBS, Fit, Grid, load_grid
 from bvpo.grid_run import GridRun, check_settings, finished_run, make_executor
 from bvpo.runs import quiet_lightning
 
@@ -49,7 +49,7 @@ def run(grid: Grid, jobs: int, slurm: Mapping[str, Any] | None, console: Console
     """Run what is not finished. Returns the fits that failed, and why."""
     check_settings(grid)
     prepare(grid.prepare)
-    folder = grid.output / "jobs" / time.strftime("%F_%H-%M-%S")  # submitit names its files by process ids: they recur
+    folder = grid.output / JOBS / time.strftime("%F_%H-%M-%S")  # submitit names its files by process ids: they recur
     fits = GridRun(grid, make_executor(folder, slurm), jobs, console)
     fits.run()
     if not fits.failed:  # else submitit's own files may tell more
@@ -69,14 +69,14 @@ def results(grid: Grid) -> Values:
 # ---------------------------------------------------------------------- command line
 
 
-def report(grid: Grid, console: Console) -> None:
-    """Write and print the table of what is finished."""
+def report(grid: Grid, command: str, console: Console) -> None:
+    """Write and print the table of what is finished; it names the command that made it."""
     values = results(grid)
     if not values:
         console.print("no fit is finished: there is no table")
         return
     entries = compare(values, {cell.name: cell.baseline for cell in grid.cells}, grid.metrics)
-    files = write(entries, values, _note(grid, values), grid.output)
+    files = write(entries, values, _note(grid, values, command), grid.output)
     print(files[-1].read_text())
     files += _plot(entries, grid.output / "table.png", console)
     console.print("written: " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
@@ -91,13 +91,13 @@ def _plot(entries: Sequence[Entry], path: Path, console: Console) -> list[Path]:
     return [path]
 
 
-def _note(grid: Grid, values: Values) -> str:
+def _note(grid: Grid, values: Values, command: str) -> str:
     """What made the table."""
     done = sum(map(len, values.values()))
     missing = "" if done == len(grid.fits) else f", {len(grid.fits) - done} of {len(grid.fits)} fits missing"
     versions = ", ".join(f"{name} {version(name)}" for name in ("bvpo", "torch", "lightning", "transformers"))
     return (
-        f"`python -m bvpo.ablate {grid.source}`, {date.today()}, {versions}{missing}. Mean ± standard error over "
+        f"`{command}`, {date.today()}, {versions}{missing}. Mean ± standard error over "
         "seeds; differences are paired by seed, with their 95% t interval."
     )
 
@@ -120,6 +120,14 @@ def parse(args: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(args)
 
 
+def command(options: argparse.Namespace, others: Sequence[str]) -> str:
+    """The command that makes the same table, wherever and however many at once its fits are run."""
+    words = ["python", "-m", "bvpo.ablate", str(options.grid)]
+    words += [] if options.output is None else [f"--output={options.output}"]
+    words += [] if options.seeds is None else [f"--seeds={json.dumps(options.seeds)}"]
+    return shlex.join([*words, *others])
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0; 1 where a fit failed; 2 after an error that the user can mend;
     130 when interrupted."""
@@ -135,7 +143,7 @@ def main(args: Sequence[str] | None = None) -> int:
         grid = load_grid(options.grid, others, options.output, options.seeds)
         if not options.report:
             failed = run(grid, options.jobs, options.slurm, console)
-        report(grid, console)
+        report(grid, command(options, others), console)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2

@@ -70,8 +70,8 @@ class Estimate:
 
     Attributes:
         mean: nan without a seed.
-        standard_error: Of the mean; None below two seeds.
-        low, high: Student-t interval, n − 1 degrees of freedom; None below two seeds.
+        standard_error: Of the mean; None below two seeds, and where a seed's value is nan or infinite.
+        low, high: Student-t interval, n − 1 degrees of freedom; None as above.
         seeds: n.
     """
 
@@ -86,7 +86,7 @@ def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
     """Mean, standard error s/√n and t interval of (n,) values, one a seed."""
     n = len(values)
     mean = float(np.mean(values)) if n else math.nan
-    if n < 2:
+    if n < 2 or not np.isfinite(values).all():
         return Estimate(mean, None, None, None, n)
     error = float(np.std(values, ddof=1)) / n**0.5
     half = float(student_t.ppf((1 + level) / 2, n - 1)) * error

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from scipy.stats import t as student_t
 from bvpo.errors import UserError
 from bvpo.mixing import ErrorTerms
 from bvpo.oracle import Oracle
+from bvpo.runs import noted_ranks, whole_lines
 
 # ---------------------------------------------------------------------- run folders
 
@@ -49,6 +51,22 @@ class Run:
         """A log key by step; all nan where the run has not logged it."""
         return self.log[key] if key in self.log else pd.Series(np.nan, self.log.index, name=key)
 
+    def overlap(self) -> pd.DataFrame:
+        """Columns `trace`, `empty` and `covariance` by step: what trΣ / B of one pair's gradients is times in a batch.
+
+        `GradientMoments.overlap`, from the logged pairs of a row; 1 where every row has both pairs.
+        """
+        trace, empty, both = (self.series(f"pairs/{of}").fillna(1.0) for of in ("trace", "empty", "both"))
+        return pd.DataFrame({"trace": 1 / trace, "empty": 1 / empty, "covariance": both / (trace * empty)})
+
+    def batch_variance(self, estimator: str, key: str | None = None) -> pd.Series[float]:
+        """trΣ of one optimizer batch's `trace` or `empty` gradient, from that of one pair.
+
+        Args:
+            key: Log key of a part of that variance; without it, all of it.
+        """
+        return self.series(key or f"variance/{estimator}") * self.overlap()[estimator] / self.batch_size
+
     def logged(self, *keys: str) -> bool:
         """Whether each of the keys has a value at some step."""
         return all(bool(self.series(key).notna().any()) for key in keys)
@@ -58,16 +76,16 @@ def read_run(folder: str | Path, ranks: int | None = None) -> Run:
     """A run folder, such as runs/version_0.
 
     Args:
-        ranks: Processes of the run; without it they are read from config.yaml.
+        ranks: Processes of the run; without it, as the run noted them or, where it did not, as config.yaml has them.
 
     Raises:
-        UserError: The folder is no run's, nothing is logged yet, or its config.yaml leaves the processes open.
+        UserError: The folder is no run's, nothing is logged yet, or nothing in it says how many processes it had.
     """
     path = Path(folder) / "metrics.csv"
     if not path.is_file():
         raise UserError(f"{folder}: no metrics.csv in this folder; give a run folder such as runs/version_0")
     try:
-        log = pd.read_csv(path).groupby("step").first()
+        log = pd.read_csv(io.StringIO(whole_lines(path))).groupby("step").first()
         config = yaml.safe_load((path.parent / "config.yaml").read_text())
     except pd.errors.EmptyDataError:
         log = pd.DataFrame()
@@ -79,7 +97,7 @@ def read_run(folder: str | Path, ranks: int | None = None) -> Run:
         raise UserError(f"{path}: nothing is logged yet; wait for the run's first optimizer step")
     model, data = config["model"], config["data"]
     mixing = model["mixing"]["init_args"]
-    ranks = _ranks(config["trainer"], folder) if ranks is None else ranks
+    ranks = ranks or noted_ranks(path.parent) or _ranks(config["trainer"], folder)
     batch_size = model["accumulate"] * data["batch_size"] * ranks
     return Run(log, batch_size, mixing["window"], mixing["anchor"], mixing["anchor_every"])
 
@@ -144,10 +162,18 @@ def last_error_terms(run: Run) -> ErrorTerms | None:
 
     None where the log does not hold it: with the marginal anchor ⟨b_t, b_e⟩ is not logged.
     """
-    keys = ["bias/empty_sq", "variance/trace", "variance/empty", "variance/covariance", "mixing/alpha_estimate"]
-    if run.anchor != "trace" or not run.logged(*keys):
+    if run.anchor != "trace":
         return None
-    last = run.log[keys].dropna()
+    overlap = run.overlap()
+    terms = pd.DataFrame(
+        {
+            "bias": run.series("bias/empty_sq"),
+            **{of: run.series(f"variance/{of}") * overlap[of] for of in ("trace", "empty", "covariance")},
+            "estimate": run.series("mixing/alpha_estimate"),
+        }
+    )
+    terms["covariance"] = terms["covariance"].where(overlap["covariance"] > 0, 0.0)  # of no row in common
+    last = terms.dropna()
     if last.empty:
         return None
     bias, trace, empty, covariance, _ = (torch.tensor(value) for value in last.iloc[-1])

@@ -9,6 +9,7 @@ response than in `bvpo.generation`, from the same distribution.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -18,17 +19,36 @@ from bvpo.errors import UserError
 from bvpo.generation import Completion, Decoding, Request, check_requests
 from bvpo.remote import Calls, Fault, Patience, Remote
 
+HIGHEST_ID = 2**31  # no vocabulary has as many tokens
+
 
 def _completion(
-    source: str, index: int, token_ids: list[int], reason: Any, logprob: float | None, stops: Sequence[int]
+    source: str, name: str, token_ids: Any, reason: Any, logprob: Any, decoding: Decoding, stops: Sequence[int]
 ) -> Completion:
-    """Raises UserError where a response ended for a reason that was not asked for."""
+    """Raises UserError for what is no response, and where it ended for a reason that was not asked for."""
+    if not isinstance(token_ids, list) or not all(
+        type(token) is int and 0 <= token < HIGHEST_ID for token in token_ids
+    ):
+        raise UserError(f"{source}: {name}: expected a list of token ids, found {_short(token_ids)}")
+    if not 1 <= len(token_ids) <= decoding.max_new_tokens:
+        raise UserError(
+            f"{source}: {name}: {len(token_ids)} tokens, asked for 1 to {decoding.max_new_tokens} (max_new_tokens)"
+        )
+    if logprob is not None and not math.isfinite(logprob):
+        raise UserError(f"{source}: {name}: its log-probability is {logprob}, no finite number: check the model there")
     if reason not in ("stop", "length") or (reason == "stop" and token_ids[-1:] not in [[stop] for stop in stops]):
         raise UserError(
-            f"{source}: request {index + 1} ended by {reason!r} at token {token_ids[-1:]}; expected 'length', or "
+            f"{source}: {name} ended by {reason!r} at token {token_ids[-1:]}; expected 'length', or "
             f"'stop' at one of {list(stops)}: does the server set stop words or tokens of its own?"
         )
     return Completion(token_ids, reason, logprob)
+
+
+def _short(answer: Any) -> str:
+    try:
+        return repr(answer)[:200]
+    except RecursionError:
+        return f"a deeply nested {type(answer).__name__}"
 
 
 # ---------------------------------------------------------------------- vLLM
@@ -77,7 +97,7 @@ class VLLM:
         self, requests: Sequence[Request], decoding: Decoding, stops: Sequence[int]
     ) -> Generator[tuple[int, Completion]]:
         """See `bvpo.generation.Backend`; one call at a time."""
-        check_requests(requests, decoding, self._engine.model_config.max_model_len)
+        check_requests(requests, decoding, self._engine.model_config.max_model_len, "max_model_len")
         return self._complete(requests, decoding, stops)
 
     def _complete(
@@ -93,7 +113,8 @@ class VLLM:
                     if output.finished:
                         [end], index = output.outputs, waited.pop(output.request_id)
                         logprob = end.cumulative_logprob if decoding.temperature > 0 else 0.0
-                        yield index, _completion("vLLM", index, list(end.token_ids), end.finish_reason, logprob, stops)
+                        name, ids, reason = requests[index].label(index), list(end.token_ids), end.finish_reason
+                        yield index, _completion("vLLM", name, ids, reason, logprob, decoding, stops)
         finally:
             engine.abort_request(list(waited))
 
@@ -133,7 +154,8 @@ class Server:
         patience: When to give up.
 
     Raises:
-        UserError: The URL is none, or the environment variable is not set.
+        UserError: The URL is none, `concurrency` is no number of requests, or the environment variable is not set or
+            holds what cannot be sent.
     """
 
     def __init__(
@@ -145,7 +167,9 @@ class Server:
         api_key_variable: str | None = None,
         patience: Patience = Patience(),
     ) -> None:
-        key = os.environ.get(api_key_variable, "") if api_key_variable else ""
+        if concurrency < 1:
+            raise UserError(f"concurrency must be ≥ 1, got {concurrency}")
+        key = os.environ.get(api_key_variable, "").strip() if api_key_variable else ""
         if api_key_variable and not key:
             raise UserError(f"the environment variable {api_key_variable}, for the key of {url}, is not set")
         self._remote = Remote(url.rstrip("/") + "/completions", key, patience)
@@ -186,13 +210,16 @@ class Server:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, calls: Calls, index: int, request: Request, decoding: Decoding, stops: Sequence[int]) -> Completion:
+        name = request.label(index)
+
         def read(answer: Any) -> Completion:
             try:
                 [choice] = answer["choices"]
                 reason, token_ids, known = choice["finish_reason"], choice.get("token_ids"), choice.get("logprobs")
-                logprob = sum(known["token_logprobs"]) if known else None
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{self._remote.url}: this is no completion: {str(answer)[:200]}") from error
+                logprob = float(sum(known["token_logprobs"])) if known else None
+                complete = not known or token_ids is None or len(known["token_logprobs"]) == len(token_ids)
+            except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+                raise UserError(f"{self._remote.url}: this is no completion: {_short(answer)}") from error
             if token_ids is None:
                 raise UserError(
                     f"{self._remote.url}: gives text without token ids, although `return_token_ids` was asked for; "
@@ -200,10 +227,12 @@ class Server:
                 )
             if reason not in ("stop", "length"):  # such as `abort` where a server shuts down
                 raise Fault(f"an answer that ended by {reason!r}")
+            if not complete:
+                raise UserError(f"{self._remote.url}: {name}: not as many log-probabilities as tokens")
             logprob = logprob if decoding.temperature > 0 else 0.0
-            return _completion(self._remote.url, index, token_ids, reason, logprob, stops)
+            return _completion(self._remote.url, name, token_ids, reason, logprob, decoding, stops)
 
-        return self._remote.post(calls, f"request {index + 1}", self._content(request, decoding, stops), read)
+        return self._remote.post(calls, name, self._content(request, decoding, stops), read)
 
     def _content(self, request: Request, decoding: Decoding, stops: Sequence[int]) -> dict[str, Any]:
         content: dict[str, Any] = {

@@ -70,15 +70,21 @@ class SequenceBatch(NamedTuple):
 
     def cut(self, most_tokens: int | None) -> list[SequenceBatch]:
         """The pairs in parts of similar length, each of at most so many tokens, padding included, or of one pair."""
-        if most_tokens is None or not self.pairs:
-            return [self]
+        if most_tokens is None:
+            return [self] if self.pairs else []
+        return [self.part(sequences) for sequences in self.cuts(most_tokens)]
+
+    def cuts(self, most_tokens: int | None) -> list[list[int]]:
+        """Which of the sequences are in each of those parts; where there is no pair, there is no part."""
+        if most_tokens is None:
+            return [list(range(2 * self.pairs))] if self.pairs else []
         longest = self.lengths.view(2, -1).amax(0).tolist()
         parts: list[list[int]] = []
         for pair in sorted(range(self.pairs), key=longest.__getitem__):
             if not parts or 2 * (len(parts[-1]) + 1) * longest[pair] > most_tokens:
                 parts.append([])
             parts[-1].append(pair)
-        return [self.part([*pairs, *(self.pairs + pair for pair in pairs)]) for pairs in parts]
+        return [[*pairs, *(self.pairs + pair for pair in pairs)] for pairs in parts]
 
 
 class AnchorBatch(NamedTuple):
@@ -93,6 +99,12 @@ class AnchorBatch(NamedTuple):
     sequences: SequenceBatch
     completion: Tensor
     log_q: Tensor | None
+
+    def cuts(self, width: int, most_tokens: int | None) -> list[slice]:
+        """The sequences in parts of at most `width`, and so many tokens, padding included, or of one sequence."""
+        if most_tokens is not None:
+            width = min(width, max(1, most_tokens // self.sequences.input_ids.shape[1]))
+        return [slice(first, first + width) for first in range(0, len(self.completion), width)]
 
 
 class PairBatch(NamedTuple):

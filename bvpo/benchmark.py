@@ -124,12 +124,13 @@ class Judged(Benchmark):
 def final_answer(completion: str, mode: Mode, finish_reason: str, think: ThinkFormat) -> str | None:
     """The answer of a completion without its stop token; None where it was cut or its trace was not finished.
 
-    A model that opens a think block in `no_thinking` all the same has the block taken out as in `thinking`.
+    A model that opens or closes a think block in `no_thinking` all the same has it taken out as in `thinking`.
     """
     if finish_reason == "length":
         return None
     body = completion.lstrip()
-    return answer_of(body, "thinking", think) if body.startswith(think.open) else answer_of(completion, mode, think)
+    thought = body.startswith(think.open) or think.close in body
+    return answer_of(body, "thinking" if thought else mode, think)
 
 
 # ---------------------------------------------------------------------- sources

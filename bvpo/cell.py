@@ -85,6 +85,16 @@ class CellJob:
         return DelayedSubmission(self)
 
 
+def locked(path: Path) -> bool:
+    """Whether a fit holds this lock."""
+    with path.open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def last_words(log: Path, lines: int = 8) -> str:
     """The end of the newest attempt's output, from its last `error` line on where it has one."""
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from bvpo import ranks
@@ -49,6 +51,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             partial.unlink()
         raise
     sync_folder(path.parent)
+
+
+def write_whole(file: BinaryIO, data: Any) -> None:
+    """Write all of some bytes: an unbuffered file takes what there is room for, and fails at the next write only."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        view = view[file.write(view) :]
 
 
 def sync_folder(folder: Path) -> None:
@@ -91,9 +100,7 @@ class _Sink:
 
     def write(self, data: Any) -> int:
         try:
-            view = memoryview(data).cast("B")
-            while len(view):
-                view = view[self._file.write(view) :]
+            write_whole(self._file, data)
             return len(data)
         except BaseException as error:
             self.error = error
@@ -195,16 +202,22 @@ def _another(path: Path) -> str:
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, at the boundaries of optimizer steps, and at the end of the fit.
+    """Lightning's ModelCheckpoint with a schedule of its own: at the boundaries of optimizer steps, and nowhere else.
 
-    Lightning compares `global_step` alone: in a resumed run it would save in the middle of an accumulated step, and
-    steps behind the last multiple of `every_n_train_steps` would never be saved. A checkpoint is written before the
-    validation of its step, and Lightning would leave that out in a resumed run.
+    In the middle of a step the loader has served rows that no weights know of. So a stop, whoever asks for one by
+    `should_stop`, waits for the step's last microbatch, as signals do.
+
+    `last.ckpt` is written every `every_n_train_steps`, `every_n_epochs` or `train_time_interval` (Lightning, in manual
+    optimization, goes by the first alone), and at the end; before its step's validation, which a resumed run makes.
+    The best ones by a monitor are written behind the validation that has scored them.
     """
 
     goes_on_from: Path | None = None  # becomes last.ckpt: a later one has to be made again
     _total_steps = 0
-    _validation_due = _batch_ended = False
+    _step_of_last = _step_of_top = 0  # whose checkpoints were written last; none is needed before the first step
+    _in_step = False
+    _stop_asked = False
+    _validation_due = False  # at this step's end; until the next step begins, also when it is done
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Raises UserError where the processes would go on from different checkpoints."""
@@ -219,38 +232,111 @@ class StepCheckpoint(ModelCheckpoint):
         ranks.barrier()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Raises UserError where epochs end, or scores come, in the middle of a step."""
         super().on_train_start(trainer, pl_module)
-        self._total_steps = pl_module.total_steps
+        self._total_steps, self._stop_asked = pl_module.total_steps, False
+        self._check_cut(trainer, pl_module.accumulate)
         if self._validation_due:
-            self._validation_due, trainer.validating = False, True
+            pl_module.on_train_start()  # Lightning calls it behind the callbacks, and the validation needs the windows
+            trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.restarting = False
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
 
+    def _check_cut(self, trainer: Any, accumulate: int) -> None:
+        batches, every = trainer.num_training_batches, trainer.val_check_batch
+        if trainer.fast_dev_run:
+            return
+        if batches < len(trainer.train_dataloader) and batches % accumulate:
+            raise UserError(
+                f"--trainer.limit_train_batches ends an epoch behind microbatch {batches}, in the middle of an "
+                f"optimizer step of {accumulate} (model.accumulate): give a multiple of it"
+            )
+        if self.monitor is not None and every != batches and (accumulate > 1 if every is None else every % accumulate):
+            raise UserError(
+                f"--checkpoint.monitor {self.monitor}: --trainer.val_check_interval validates in the middle of an "
+                f"optimizer step of {accumulate} microbatches (model.accumulate), where no checkpoint can be written: "
+                "give a multiple of it"
+            )
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._in_step, self._validation_due = True, False
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._batch_ended = True
+        self._hold_stop(trainer)
         if not batch.closes_step:
             return
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.global_step >= self._total_steps:  # before the measurements that follow the last step
+        self.end_step(trainer)
+        if self._due(trainer) and not self._off(trainer):
+            if self.monitor is None and self._step_of_top != trainer.global_step:
+                self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+                self._step_of_top = trainer.global_step
             self.save(trainer)
+        ends = trainer.global_step >= self._total_steps  # only measurements follow
+        if ends or (self._stop_asked and trainer.fit_loop._can_stop_early):
+            self.save(trainer)
+        trainer.should_stop = self._stop_asked
+
+    def end_step(self, trainer: L.Trainer) -> None:
+        """Note that a step has ended: `save` may be called from here on, also before this callback's own turn."""
+        loop = trainer.fit_loop
+        assert loop._data_fetcher is not None
+        self._hold_stop(trainer)  # it would make a validation due that a run without the stop does not have
+        self._in_step, self._validation_due = False, loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+    def _hold_stop(self, trainer: L.Trainer) -> None:
+        self._stop_asked |= trainer.should_stop
+        trainer.should_stop = False
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        """Whether the schedule asks for a checkpoint behind this step."""
+        if self._train_time_interval is not None:
+            assert self._last_time_checked is not None
+            elapsed = time.monotonic() - self._last_time_checked
+            due = ranks.of_first(elapsed >= self._train_time_interval.total_seconds())
+            self._last_time_checked += elapsed if due else 0.0
+            return due
+        if self._every_n_epochs:
+            return trainer.is_last_batch and (trainer.current_epoch + 1) % self._every_n_epochs == 0
+        return self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
+
+    def _off(self, trainer: Any) -> bool:
+        return bool(trainer.fast_dev_run) or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The epoch's last step has had its checkpoint."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._batch_ended = False
-        super().on_validation_end(trainer, pl_module)
+        if self._off(trainer):
+            return
+        if self._in_step:
+            self._hold_stop(trainer)
+        elif self.monitor is not None:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.save(trainer)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if not self._in_step:
+            super().on_exception(trainer, pl_module, exception)
+
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        loop = trainer.fit_loop
-        due = self._batch_ended and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-        checkpoint |= {"total_steps": self._total_steps, "validation_due": due}
+        checkpoint |= {"total_steps": self._total_steps, "validation_due": self._validation_due}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._validation_due = checkpoint.get("validation_due", False)
+        if self.goes_on_from is not None:
+            self._step_of_last = checkpoint["global_step"]
 
-    def save(self, trainer: L.Trainer) -> None:
-        """Write `last.ckpt`, unless it is of this step already."""
-        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
+    def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
+        """What checkpoints are scored and named by; the step is the one whose weights they hold."""
+        counts = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
+        return super()._monitor_candidates(trainer) | counts
+
+    def save(self, trainer: L.Trainer) -> bool:
+        """Write `last.ckpt`, unless it is of this step already. Returns whether it is there."""
+        if self.save_last and not self._off(trainer) and self._step_of_last != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._step_of_last = trainer.global_step
+        return bool(self.save_last) and self._step_of_last > 0

@@ -34,7 +34,7 @@ from bvpo.row_faults import (
     same_sides,
     token_across_border,
 )
-from bvpo.selection import RowOptions, RowReport, count_reasons
+from bvpo.selection import RowOptions, RowReport, count_reasons, group_fault, group_notes
 from bvpo.traces import ThinkFormat, split
 
 QUICK_SAMPLE = 16  # rows that a fit looks at before it starts: half a second with completions of 2,000 tokens
@@ -212,6 +212,16 @@ def check_lengths(report: RowReport, options: RowOptions) -> Check:
     )
 
 
+def check_groups(report: RowReport, options: RowOptions) -> Check:
+    """Rows that are drawn together: whether they have one prompt, and how many are left out with another one."""
+    name = "rows together"
+    if fault := group_fault(report, options):
+        return Check(name, "fail", *fault)
+    if found := "; ".join(group_notes(report, options)):
+        return Check(name, "warn", found, "mend the rows that are dropped, or leave their groups out of the file")
+    return Check(name, "pass", f"each group of {options.together} rows has one prompt")
+
+
 def check_forced_eos(sample: Sample) -> Check:
     """An EOS right behind an unfinished trace: a trainer or a sampler has put it there, the model has not."""
     name, think, stops = "EOS not forced", sample.options.think, tuple(sample.options.stops)
@@ -283,7 +293,7 @@ def check_template_keeps_traces(tokenizer: PreTrainedTokenizerBase, think: Think
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": content}]
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         return Check(name, "warn", f"the chat template refuses an assistant's turn: {error}", advice)
     if "reasons" in text:
         return Check(name, "pass", "an assistant's last turn keeps its trace")
@@ -295,6 +305,7 @@ def row_checks(sample: Sample, report: RowReport) -> list[Check]:
     """All checks of rows and tokenizer."""
     tokenizer, think = sample.tokenizer, sample.options.think
     checks = [check_bad_rows(report, sample.options), check_lengths(report, sample.options)]
+    checks += [check_groups(report, sample.options)] if sample.options.together > 1 else []
     checks += [check_rows(check, sample) for check in ROW_CHECKS]
     checks += [check_forced_eos(sample), check_tags(tokenizer, think), check_template_keeps_traces(tokenizer, think)]
     if sample.examples:

@@ -46,7 +46,8 @@ class StepSampler(Sampler[Microbatch]):
         accumulate: Microbatches of an optimizer step on a rank.
         lengths: Tokens of each row: sorts the rows of an optimizer batch by length; None leaves them as drawn.
         pairs: (trace, empty) whether each row has the pair, where some rows have one only.
-        together: Consecutive rows that are drawn as one: several rows of a prompt.
+        together: Consecutive rows that are drawn and sorted as one: several rows of a prompt. Divides the rows and the
+            batch size.
     """
 
     def __init__(
@@ -73,13 +74,30 @@ class StepSampler(Sampler[Microbatch]):
 
     @property
     def cut(self) -> dict[str, int]:
-        """What microbatches depend on."""
-        return {"batch_size": self.batch_size, "accumulate": self.accumulate, "processes": self.ranks}
+        """What the order of rows and their microbatches depend on."""
+        return {
+            "rows": self.rows,
+            "seed": self.seed,
+            "rows_together": self.together,
+            "bucket_by_length": int(self.lengths is not None),
+            "batch_size": self.batch_size,
+            "accumulate": self.accumulate,
+            "processes": self.ranks,
+        }
 
     @property
     def steps(self) -> int:
         """Optimizer steps of an epoch."""
         return math.ceil(self.rows / self.step_rows)
+
+    def steps_in(self, epochs: int, limit: float = 1.0) -> int:
+        """Optimizer steps that end in so many iterations, of which each is left after `limit` microbatches: a number of
+        them (int), or a share of all (float). The next one goes on from there."""
+        most = min(limit, len(self)) if isinstance(limit, int) else int(limit * len(self))
+        if not most:
+            return 0
+        whole, rest = divmod(epochs, math.ceil(len(self) / most))
+        return whole * self.steps + rest * most // self.accumulate
 
     def __len__(self) -> int:
         full, rest = divmod(self.rows, self.step_rows)
@@ -94,29 +112,61 @@ class StepSampler(Sampler[Microbatch]):
         if self.served == len(self):
             self.epoch, self.served = self.epoch + 1, 0
 
-    def count_pairs(self, batch: Sequence[int]) -> tuple[int, int]:
-        """Trace pairs and empty-trace pairs of some rows."""
-        if self.pairs is None:
-            return len(batch), len(batch)
-        return sum(self.pairs[row][0] for row in batch), sum(self.pairs[row][1] for row in batch)
-
     def _epoch(self) -> Iterator[Microbatch]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        drawn = torch.randperm(self.rows // self.together, generator=generator)[:, None] * self.together
-        order = (drawn + torch.arange(self.together)).flatten().tolist()
-        width = self.batch_size * self.ranks
-        for first in range(0, self.rows, self.step_rows):
-            batch = order[first : first + self.step_rows]
+        order = torch.randperm(self.rows // self.together, generator=generator).tolist()  # of groups, as all below
+        size, step = self.batch_size // self.together, self.step_rows // self.together
+        width = size * self.ranks
+        own = slice(self.rank * size, (self.rank + 1) * size)  # the microbatches of one rank with as many rows each
+        if self.lengths is not None:  # ranks with equally long rows
+            own = slice(self.rank, None, self.ranks)
+        for first in range(0, len(order), step):
+            batch = order[first : first + step]
             if self.lengths is not None:
-                batch.sort(key=self.lengths.__getitem__)
-            pairs = self.count_pairs(batch)
+                batch.sort(key=self._longest)
+            pairs = _count_pairs(self.pairs, self._rows(batch))
             for cut in range(0, len(batch), width):
-                rows = batch[cut : cut + width]
-                if self.lengths is None:  # the microbatches of one rank with as many rows each
-                    mine = rows[self.rank * self.batch_size :][: self.batch_size]
-                else:  # ranks with equally long rows
-                    mine = rows[self.rank :: self.ranks]
+                mine = self._rows(batch[cut : cut + width][own])
                 yield Microbatch(mine, pairs, closes_step=cut + width >= len(batch))
+
+    def _rows(self, groups: Sequence[int]) -> list[int]:
+        return [group * self.together + row for group in groups for row in range(self.together)]
+
+    def _longest(self, group: int) -> int:
+        assert self.lengths is not None
+        return max(self.lengths[row] for row in self._rows([group]))
+
+
+class InOrder(Sampler[Microbatch]):
+    """Every row once, as they stand, shared out over ranks. Each iteration begins at the first row: a validation that
+    takes some of the batches takes the same ones each time.
+
+    Args:
+        rows: Rows of the data set.
+        batch_size: Rows of a microbatch on a rank.
+        pairs: (trace, empty) whether each row has the pair.
+    """
+
+    def __init__(
+        self, rows: int, batch_size: int, pairs: Sequence[tuple[bool, bool]], rank: int = 0, ranks: int = 1
+    ) -> None:
+        self.rows, self.batch_size, self.pairs, self.rank, self.ranks = rows, batch_size, pairs, rank, ranks
+
+    def __len__(self) -> int:
+        return math.ceil(self.rows / (self.batch_size * self.ranks))
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        width = self.batch_size * self.ranks
+        for first in range(0, self.rows, width):
+            rows = list(range(first, min(first + width, self.rows)))[self.rank :: self.ranks]
+            yield Microbatch(rows, _count_pairs(self.pairs, rows), closes_step=True)
+
+
+def _count_pairs(pairs: Sequence[tuple[bool, bool]] | None, rows: Sequence[int]) -> tuple[int, int]:
+    """Trace pairs and empty-trace pairs of some rows."""
+    if pairs is None:
+        return len(rows), len(rows)
+    return sum(pairs[row][0] for row in rows), sum(pairs[row][1] for row in rows)
 
 
 class Microbatches(Dataset[PairBatch]):
@@ -147,12 +197,13 @@ class PairLoader(DataLoader[PairBatch]):
         return {"epoch": self.order.epoch, "served": self.order.served, **self.order.cut}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises UserError where microbatches are cut otherwise than when the state was taken."""
+        """Raises UserError where rows are drawn or cut otherwise than when the state was taken."""
         cut = self.order.cut
         if found := [f"{name} {state[name]} → {cut[name]}" for name in cut if state.get(name, cut[name]) != cut[name]]:
             raise UserError(
-                f"the checkpoint's optimizer batches were cut otherwise ({', '.join(found)}): a run goes on with the "
-                "processes, data.batch_size and model.accumulate that it was started with"
+                f"the checkpoint's optimizer batches were cut otherwise ({', '.join(found)}), and rows would be "
+                "repeated or left out: a run goes on with the rows, seed_everything, data.rows_together, "
+                "data.bucket_by_length, data.batch_size, model.accumulate and processes that it was started with"
             )
         self.order.epoch, self.order.served = state["epoch"], state["served"]
 
@@ -181,7 +232,7 @@ class PairData(L.LightningDataModule):
         bucket_by_length: Sort the rows inside an optimizer batch by length: less padding. A microbatch is then no
             random subset, and the whole optimizer step becomes the statistics' unit.
         rows_together: Consecutive rows of the file that are drawn as one and stand in one microbatch, where a prompt
-            has several rows; a unit is then a random subset of prompts.
+            has several rows; a unit is then a random subset of prompts. Where one of them is dropped, all are.
         workers: Processes that prepare batches, and that tokenize a large data set.
         seed: Of the order of rows; taken from `seed_everything`.
     """
@@ -205,14 +256,16 @@ class PairData(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("batch_size", batch_size),
-            ("accumulate", accumulate),
-            ("max_tokens", max_tokens),
-            ("rows_together", rows_together),
+        for name, least, value in (
+            ("batch_size", 1, batch_size),
+            ("accumulate", 1, accumulate),
+            ("max_tokens", 1, max_tokens),
+            ("max_length", 1, max_length),
+            ("rows_together", 1, rows_together),
+            ("workers", 0, workers),
         ):
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be ≥ 1, got {value}")
+            if value is not None and value < least:
+                raise UserError(f"{name} must be ≥ {least}, got {value}")
         if batch_size % rows_together:
             raise UserError(
                 f"batch_size must be a multiple of rows_together, got {batch_size} and {rows_together}: rows of one "
@@ -238,9 +291,9 @@ class PairData(L.LightningDataModule):
     def _load(self) -> dict[str, datasets.Dataset]:
         self.tokenizer = load_tokenizer(self.tokenizer_name)
         module: Any = self.trainer.lightning_module if self.trainer else None
-        options = self.row_options(anchors=module is not None and module.mixing.anchor == "marginal")
+        anchors = module is not None and module.mixing.anchor == "marginal"
         return {
-            name: tokenize_rows(self.read(source), self.tokenizer, source, options)
+            name: tokenize_rows(self.read(source), self.tokenizer, source, self.row_options(anchors, name))
             for name, source in self.sources.items()
             if source is not None
         }
@@ -253,10 +306,10 @@ class PairData(L.LightningDataModule):
         """Rows that have come to know their reference's log-probabilities take the place of those without."""
         self.rows |= cached
 
-    def row_options(self, anchors: bool) -> RowOptions:
-        """What is done with rows; `anchors` where the marginal anchor is asked for."""
+    def row_options(self, anchors: bool, name: str = "train") -> RowOptions:
+        """What is done with the rows of one of the sources; `anchors` where the marginal anchor is asked for."""
         return RowOptions(
-            anchors=anchors,
+            anchors=anchors and name == "train",  # it measures training steps
             on_bad_row=self.on_bad_row,
             max_length=self.max_length,
             on_overlong=self.on_overlong,
@@ -264,6 +317,7 @@ class PairData(L.LightningDataModule):
             think=self.think,
             stops=stop_tokens(self.tokenizer_name, self.tokenizer),
             on_one_sided=self.on_one_sided,
+            together=self.rows_together if name == "train" else 1,  # validation rows are not drawn
         )
 
     @property
@@ -277,10 +331,6 @@ class PairData(L.LightningDataModule):
         rows = self.rows["train"]
         trainer = self.trainer
         lengths = rows["length"][:] if self.bucket_by_length else None
-        if len(rows) % self.rows_together:
-            raise UserError(
-                f"{self.sources['train']}: has {len(rows)} rows, no multiple of rows_together = {self.rows_together}"
-            )
         return StepSampler(
             len(rows),
             self.batch_size,
@@ -293,38 +343,36 @@ class PairData(L.LightningDataModule):
             together=self.rows_together,
         )
 
+    @property
+    def total_steps(self) -> float:
+        """Optimizer steps until the first of the trainer's limits; inf where a time or a callback alone ends the fit.
+
+        The trainer's own estimate does not know our accumulation.
+        """
+        trainer: Any = self.trainer
+        limits: list[float] = [trainer.max_steps] if trainer.max_steps >= 0 else []
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            limits.append(self.sampler().steps_in(trainer.max_epochs, trainer.limit_train_batches))
+        return min(limits, default=math.inf)
+
     def train_dataloader(self) -> PairLoader:
         return PairLoader(Microbatches(self.rows["train"], self.pad_token_id), self.sampler(), self.workers)
 
-    def val_dataloader(self) -> list[PairLoader]:
+    def val_dataloader(self) -> list[DataLoader[PairBatch]]:
         if "validation" not in self.rows:
             return []
-        rows = self.rows["validation"]
-        return [
-            PairLoader(
-                Microbatches(rows, self.pad_token_id),
-                _InOrder(
-                    len(rows),
-                    self.batch_size,
-                    rank=self.trainer.global_rank if self.trainer else 0,
-                    ranks=self.trainer.world_size if self.trainer else 1,
-                    pairs=_pairs_of(rows),
-                ),
-                self.workers,
-            )
-        ]
+        rows, trainer = self.rows["validation"], self.trainer
+        order = InOrder(
+            len(rows),
+            self.batch_size,
+            _pairs_of(rows),
+            rank=trainer.global_rank if trainer else 0,
+            ranks=trainer.world_size if trainer else 1,
+        )
+        batches = Microbatches(rows, self.pad_token_id)
+        return [DataLoader(batches, sampler=order, batch_size=None, num_workers=self.workers)]
 
 
 def _pairs_of(rows: datasets.Dataset) -> list[tuple[bool, bool]]:
     """Whether each tokenized row has a trace pair and an empty-trace pair."""
     return [(lengths[0] > 0, lengths[2] > 0) for lengths in rows["lengths"][:]]
-
-
-class _InOrder(StepSampler):
-    """Every row once, as they stand, shared out over ranks."""
-
-    def _epoch(self) -> Iterator[Microbatch]:
-        width = self.batch_size * self.ranks
-        for first in range(0, self.rows, width):
-            rows = list(range(first, min(first + width, self.rows)))[self.rank :: self.ranks]
-            yield Microbatch(rows, self.count_pairs(rows), closes_step=True)

@@ -20,6 +20,7 @@ from bvpo.derived_pairs import DerivedPairs, Row
 from bvpo.errors import UserError
 from bvpo.reading import load_rows
 from bvpo.row_writer import SCHEMA, write_rows
+from bvpo.rows import conform_row
 from bvpo.traces import ThinkFormat, think_format
 
 KEPT = ("prompt_id", "conversation", "prompt", "chosen", "rejected", "template_sha", "sampler_model", "reward_model")
@@ -30,12 +31,14 @@ def derive(rows: str, pairs: DerivedPairs, output: Path, think: ThinkFormat) -> 
     """Write the derived rows. Returns the numbers of rows read and written.
 
     Raises:
-        UserError: A row lacks a field, or the file cannot be read or written.
+        UserError: A row lacks a field, the file cannot be read or written, or one would overwrite the other.
     """
-    source = load_rows(rows, one_sided=True)
     fresh = output.with_name(f"{output.stem}.new{output.suffix}")
     if output.suffix not in (".parquet", ".jsonl"):
         raise UserError(f"output {output}: expected a .parquet or .jsonl file")
+    if any(path.exists() and Path(rows).exists() and path.samefile(rows) for path in (output, fresh)):
+        raise UserError(f"output {output}: would overwrite {rows}, which the rows are read from; give another file")
+    source = load_rows(rows, one_sided=True)
     try:
         written = write_rows(fresh, _derived(source, rows, pairs, think), LEFT_OUT)
         if not output.exists() or not filecmp.cmp(fresh, output, shallow=False):
@@ -47,11 +50,12 @@ def derive(rows: str, pairs: DerivedPairs, output: Path, think: ThinkFormat) -> 
 
 
 def _derived(source: Any, name: str, pairs: DerivedPairs, think: ThinkFormat) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(source, 1):
+    for number, read in enumerate(source, 1):
+        row = conform_row(read, where := f"{name}, row {number}")
         try:
             made = pairs.pairs(row, think)
         except ValueError as error:
-            raise UserError(f"{name}, row {number}: {error}") from error
+            raise UserError(f"{where}: {error}") from error
         for own in made:
             yield {column: row.get(column) for column in KEPT} | {"prompt_id": _prompt_id(row)} | own
 

@@ -69,7 +69,7 @@ def with_other_traces(completion: str, candidates: Sequence[Row], think: ThinkFo
         raise ValueError("its chosen or its rejected completion is not among trace_candidates")
     mine = max(same, key=lambda candidate: len(candidate["answer"]))
     rest = [c for c in candidates if c is not mine and c["answer"] == mine["answer"]]
-    traces = [c["trace"] for c in rest if c["finish_reason"] != "length"]
+    traces = [c["trace"] for c in rest if c["finish_reason"] != "length" and c["trace"] is not None]
     return [completion, *(join(replace(own, trace=trace), think) for trace in traces)]
 
 

@@ -14,7 +14,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
-import pyarrow.compute as pc
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,19 +23,27 @@ from rich.text import Text
 from bvpo import doctor_report as report
 from bvpo.batches import collate
 from bvpo.budget import largest_batch, memory_facts, planned_batch
-from bvpo.checks import Check, check_bad_rows, row_checks
+from bvpo.checks import Check, check_bad_rows, check_lengths, row_checks
 from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.fit import TRAINER_DEFAULTS, FitCLI, quiet_lightning
 from bvpo.inspection import Inspection, count_rows, inspect, length_table
 from bvpo.machine import Machine, available_ram, format_bytes, machine_of
 from bvpo.memory import WEIGHT_BYTES, MemoryEstimate, memory_estimate
-from bvpo.model_checks import check_labels, check_memory, check_positions, check_start, check_vocabulary, joined
+from bvpo.model_checks import (
+    check_frequencies,
+    check_labels,
+    check_memory,
+    check_positions,
+    check_start,
+    check_vocabulary,
+    joined,
+)
 from bvpo.module import BVPO
 from bvpo.policy import completion_logps, load_tokenizer
 from bvpo.row_faults import Example
-from bvpo.selection import SEQUENCES, notes
-from bvpo.shapes import ModelShape, model_shape
+from bvpo.selection import notes
+from bvpo.shapes import ModelShape, RowSizes, model_shape, tokenizer_size
 
 USAGE = (
     "python -m bvpo.doctor --config FILE [--config FILE ...] [--rows N] [--row NUMBER] [--plan] [--json] "
@@ -135,7 +142,8 @@ def plan(cli: DoctorCLI) -> Plan:
     machine, shape = machine_of(config.trainer, config.device_memory), model_shape(config.model.policy)
     batch = planned_batch(data, shape.packs and module.packing != "off")
     estimate = memory_estimate(memory_facts(config, module, shape, batch, machine))
-    return Plan([check_memory(estimate, machine), check_positions(shape, batch.tokens)], estimate, machine)
+    checks = [check_memory(estimate, machine, attention=shape.heads > 0), check_positions(shape, batch.tokens)]
+    return Plan(checks, estimate, machine)
 
 
 def diagnose(cli: DoctorCLI) -> Diagnosis:
@@ -149,10 +157,11 @@ def diagnose(cli: DoctorCLI) -> Diagnosis:
     data.tokenizer = load_tokenizer(data.tokenizer_name)
 
     train = inspect(data, "train", anchors, [number - 1 for number in numbers])
-    checks = row_checks(train.sample, train.report)
+    checks, sources = row_checks(train.sample, train.report), {"": train}
     if data.sources["validation"] is not None:
-        own = inspect(data, "validation", anchors)
-        checks.append(replace(check_bad_rows(own.report, own.options), name="validation rows"))
+        own = sources["validation "] = inspect(data, "validation", anchors)
+        both = (check_bad_rows(own.report, own.options), check_lengths(own.report, own.options))
+        checks += [replace(check, name=f"validation {check.name}") for check in both]
 
     estimate, kept = None, train.kept
     if kept:
@@ -160,9 +169,18 @@ def diagnose(cli: DoctorCLI) -> Diagnosis:
         shape = model_shape(module.policy_name)
         batch = largest_batch(train, kept, data, shape.packs and module.packing != "off")
         estimate = memory_estimate(memory_facts(config, module, shape, batch, machine))
-        checks += [check_memory(estimate, machine), *size_checks(train, shape, batch.tokens)]
-        broken = any(check.status == "fail" and check.name in ("vocabulary", "positions") for check in checks)
-        checks += model_checks(module, train, shape, precision, config.model_checks, broken)
+        checks.append(check_memory(estimate, machine, attention=shape.heads > 0))
+        shapes = {"": shape}
+        if module.reference_name not in (None, module.policy_name):
+            shapes["reference "] = model_shape(module.reference_name)
+        sizes = [
+            replace(check, name=source + model + check.name)
+            for source, own in sources.items()
+            for model, its in shapes.items()
+            for check in size_checks(own, its)
+        ]
+        broken = any(check.status == "fail" for check in sizes)
+        checks += [*sizes, *model_checks(module, train, shape, precision, config.model_checks, broken)]
     requested = [e for e in train.sample.examples if e.number in numbers]
     drawn = [e for e in train.sample.examples if e.number not in numbers][: config.rows]
     unfit = {n: train.report.bad[n - 1] for n in numbers if n - 1 in train.report.bad}
@@ -172,16 +190,14 @@ def diagnose(cli: DoctorCLI) -> Diagnosis:
 # ---------------------------------------------------------------------- the model
 
 
-def size_checks(train: Inspection, shape: ModelShape, longest: int) -> list[Check]:
-    """What the configuration of the model says, without its weights."""
-    tokenizer = train.sample.tokenizer
-    columns = {name for pair in SEQUENCES.values() for name in pair}
-    highest = [pc.max(pc.list_flatten(train.tokenized.data.column(name))).as_py() for name in columns]
-    size = max(tokenizer.get_vocab().values()) + 1
-    return [
-        check_vocabulary(shape, size, max(token for token in highest if token is not None)),
-        check_positions(shape, longest),
-    ]
+def size_checks(found: Inspection, shape: ModelShape) -> list[Check]:
+    """What the configuration of a model says of a source's rows, without its weights; nothing where no row is left."""
+    size = tokenizer_size(found.sample.tokenizer)
+    rows = RowSizes.of(found.trained_on, ids=size > shape.vocabulary)
+    if not rows.spans:
+        return []
+    checks = [check_vocabulary(shape, size, rows.largest_id or 0), check_positions(shape, rows.longest)]
+    return checks if shape.frequencies is None else [*checks, check_frequencies(shape, rows)]
 
 
 def model_checks(

@@ -11,7 +11,7 @@ import torch
 from bvpo.backends import VLLM, Server
 from bvpo.errors import UserError
 from bvpo.generation import Backend, Transformers
-from bvpo.policy import load_policy, resolve_model
+from bvpo.policy import context_length, load_policy, resolve_model
 from bvpo.remote import Patience
 
 
@@ -29,6 +29,14 @@ class Engine(ABC):
     @abstractmethod
     def start(self, policy: str) -> Backend:
         """The back end, ready to answer with this policy. Raises UserError where it cannot be had."""
+
+    def positions(self, policy: str) -> int | None:
+        """How many tokens prompt and response may have together; None where that is not known before the start.
+
+        Raises:
+            UserError: The policy's configuration cannot be loaded.
+        """
+        return context_length(policy)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class TransformersEngine(Engine):
         model = load_policy(policy, getattr(torch, self.dtype))
         try:
             model.to(device)  # type: ignore[arg-type]
-        except RuntimeError as error:
+        except (AssertionError, ImportError, RuntimeError) as error:  # of a torch that was built without this device
             raise UserError(f"{policy} cannot be moved to {device}: {str(error).splitlines()[0]}") from error
         return Transformers(model, self.batch_size)
 
@@ -87,6 +95,10 @@ class VLLMEngine(Engine):
             self.gpu_memory_utilization,
             self.max_model_len,
         )
+
+    def positions(self, policy: str) -> int | None:
+        """See `Engine`."""
+        return super().positions(policy) if self.max_model_len is None else self.max_model_len
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ def main(args: Sequence[str] | None = None) -> int:
         options, progress = read_options(parser(), Evaluation, args)
         results = run(options, progress)
         print_figures(results.figures, results.judges)
+        for note in results.notes:
+            print(note)
         print(f"results  {options.output}/results.json")
 
     return exit_code(work, "what has been answered is kept; the same command goes on from there")

@@ -14,8 +14,10 @@ so an evaluation that was killed goes on where it was and finds the same. In the
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +40,7 @@ from bvpo.decoding import Decoding
 from bvpo.engines import Engine, TransformersEngine
 from bvpo.errors import UserError
 from bvpo.evaluated_policy import Policy, find_policy
-from bvpo.evaluation_report import as_json
+from bvpo.evaluation_report import as_json, merged
 from bvpo.generation import Backend
 from bvpo.held_out import HeldOut
 from bvpo.journal import Journal
@@ -118,10 +120,12 @@ class Results:
 
     Attributes:
         judges: The commands that judge what is not scored here.
+        notes: What became of the figures of earlier starts.
     """
 
     figures: dict[str, dict[Mode, Figures]] = field(default_factory=dict)
     judges: dict[str, dict[Mode, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def benchmark(choice: Benchmark | str) -> Benchmark:
@@ -134,12 +138,18 @@ def benchmark(choice: Benchmark | str) -> Benchmark:
 
 
 def run(options: Evaluation, progress: bool = True) -> Results:
-    """Ask, score, and write everything into the output folder. Questions are all read before the first is asked."""
+    """Ask, score, and write everything into the output folder. Questions are all read before the first is asked.
+
+    Of a task that is asked for, modes of earlier starts have figures too where their responses are all there. Tasks
+    that are not asked for keep theirs in results.json where their settings are the same.
+    """
     choices = options.tasks if isinstance(options.tasks, list) else [options.tasks]
     benchmarks = [benchmark(choice) for choice in choices]
     names = [own.name for own in benchmarks]
     if not names or len(set(names)) < len(names) or any(not name or "/" in name for name in names):
         raise UserError(f"tasks: expected one or more, each with a name of its own without a slash; got {names}")
+    path = Path(options.output) / "results.json"
+    _earlier(path)  # what is wrong with it is said before the first question
     items = [own.items()[: options.limit] for own in benchmarks]
     policy, engine = find_policy(options.policy, options.output, options.name), _Shared(options.backend)
     tasks = [_Task(*own, options, policy, engine, progress) for own in zip(benchmarks, items, strict=True)]
@@ -147,8 +157,25 @@ def run(options: Evaluation, progress: bool = True) -> Results:
     for task in tasks:
         task.run(results)
     content = as_json(_settings(options, policy, benchmarks), results.figures, results.judges, _versions())
-    write_json(Path(options.output) / "results.json", content)
+    content, results.notes = merged(content, _earlier(path) or content)
+    write_json(path, content)
     return results
+
+
+def _earlier(path: Path) -> dict[str, Any] | None:
+    """What earlier starts found, if there were any. Raises UserError where the file does not say."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not {"settings", "tasks", "versions"} <= found.keys():
+        raise UserError(
+            f"{path}: expected the figures of an earlier start: the file is damaged; move it away and start again, all "
+            "responses and verdicts are kept"
+        )
+    return found
 
 
 class _Shared(Engine):
@@ -202,16 +229,21 @@ class _Task:
         """Sample what is missing, score or export, and write the responses down."""
         sampler, own, modes = self.sampler, self.benchmark, self.options.asked
         with sampler.journal() as journal:
+            modes = [mode for mode in MODES if mode in modes or self._has_all(journal, mode)]
             sampler.complete([sampler.jobs(block, modes) for block in sampler.own_blocks], journal, own.name)
             answers = {mode: self._answers(journal, mode) for mode in modes}
             verdicts = self._verdicts(answers)
             write_jsonl(self.folder / "responses.jsonl", self._records(journal, answers, verdicts))
         results.figures[own.name] = {mode: figures(answers[mode], verdicts.get(mode)) for mode in modes}
         if isinstance(own, Judged):
-            started = (sampler.options.work / "settings.json").stat().st_mtime  # written once, by the first start
+            started = datetime.fromisoformat(sampler.settings["date"]).timestamp()
             results.judges[own.name] = {
                 mode: own.export(answers[mode], self.folder, f"{self.policy.name}-{mode}", started) for mode in modes
             }
+
+    def _has_all(self, journal: Journal, mode: Mode) -> bool:
+        """Whether an earlier start has sampled all responses of a mode."""
+        return all(job.key in journal for block in self.sampler.own_blocks for job in self.sampler.jobs(block, [mode]))
 
     def _answers(self, journal: Journal, mode: Mode) -> list[Answer]:
         return [

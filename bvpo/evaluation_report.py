@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from bvpo.benchmark_scores import Estimate, Figures
-from bvpo.traces import Mode
+from bvpo.traces import MODES, Mode
 
 Found = Mapping[str, Mapping[Mode, Figures]]  # by benchmark and mode
 
@@ -66,4 +67,39 @@ def as_json(
         name: {mode: asdict(own) | {"judge": judges.get(name, {}).get(mode)} for mode, own in modes.items()}
         for name, modes in found.items()
     }
-    return {"settings": dict(settings), "tasks": tasks, "versions": dict(versions)}
+    content = {"settings": dict(settings), "tasks": tasks, "versions": dict(versions)}
+    return cast(dict[str, Any], json.loads(json.dumps(content)))  # as it will be read: its keys are texts
+
+
+def merged(content: dict[str, Any], earlier: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """results.json with the tasks of an earlier one that this start was not asked for, and what to say of them.
+
+    Only figures with the same settings and versions stand in one file: those with others are left out.
+
+    Args:
+        content, earlier: As of `as_json`.
+    """
+    differing = [f"{k} was {v!r}, is {w!r}" for k, v, w in _differences(earlier, content)]
+    own, found = content["tasks"], earlier["tasks"]
+    described = dict(zip(found, earlier["settings"]["tasks"], strict=True))
+    described |= dict(zip(own, content["settings"]["tasks"], strict=True))
+    kept = [] if differing else [name for name in found if name not in own]
+    lost = [name for name in found if name not in own and name not in kept]
+    lost += [f"{name} ({mode})" for name in found if name in own for mode in found[name] if mode not in own[name]]
+    names = [name for name in found if name in own or name in kept] + [name for name in own if name not in found]
+    tasks = {name: own.get(name) or found[name] for name in names}
+    modes = [mode for mode in MODES if any(mode in of_task for of_task in tasks.values())]
+    settings = content["settings"] | {"modes": modes, "tasks": [described[name] for name in names]}
+    notes = [f"results.json keeps what earlier starts with these settings found: {', '.join(kept)}"] if kept else []
+    if lost:
+        why = "; ".join(differing) or "their responses are not all there"
+        notes.append(f"results.json no longer has what an earlier start found: {', '.join(lost)}. {why}")
+    return content | {"settings": settings, "tasks": tasks}, notes
+
+
+def _differences(earlier: Mapping[str, Any], content: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for part in ("settings", "versions"):
+        before, now = earlier[part], content[part]
+        for name in sorted((before.keys() | now.keys()) - {"modes", "tasks"}):
+            if before.get(name) != now.get(name):
+                yield name, before.get(name), now.get(name)

@@ -21,7 +21,17 @@ from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.module import BVPO, check_trainer
 from bvpo.report import StepProgress, print_report
-from bvpo.runs import changed_options, claim_version, find_start, lock_run, mark_finished, quiet_lightning, run_loggers
+from bvpo.runs import (
+    ConfigSaver,
+    changed_options,
+    claim_version,
+    find_start,
+    lock_run,
+    mark_finished,
+    note_ranks,
+    quiet_lightning,
+    run_loggers,
+)
 from bvpo.sharding import FSDP2
 from bvpo.stopping import Stopped, StopSignals, outside_cause
 
@@ -70,16 +80,8 @@ class FitCLI(LightningCLI):
         else:
             datasets.disable_progress_bars()
             disable_progress_bar()  # of transformers
-        if trainer.accumulate_grad_batches != 1 or trainer.gradient_clip_val is not None:
-            raise UserError(
-                "the module accumulates and clips itself: give --model.accumulate and --model.clip instead of "
-                "--trainer.accumulate_grad_batches and --trainer.gradient_clip_val"
-            )
-        if str(trainer.strategy).startswith(("fsdp", "deepspeed")) and trainer.strategy != "fsdp2":
-            raise UserError(
-                f"strategy {trainer.strategy}: gradients are mixed and summed for one device, ddp and fsdp2 only; set "
-                "--trainer.strategy fsdp2, which divides parameters over all processes and runs on CPUs too"
-            )
+        refuse_trainer_options(trainer)
+        refuse_checkpoint_options(self.config)
         if self.config.threads is not None:
             if self.config.threads < 1:
                 raise UserError(f"threads must be ≥ 1, got {self.config.threads}")
@@ -91,8 +93,6 @@ class FitCLI(LightningCLI):
         self.limits["max_steps"] = trainer.max_steps
         self.start = find_start(self.root, self.config.ckpt_path, self.limits)
         self.changed: list[str] = []
-        # a process may see another start than the first one does, and Lightning asks all alike where it overwrites only
-        self.save_config_kwargs = {"overwrite": True}
         if self.start.version is not None:  # the folder may have a config.yaml already
             config = self.root / f"version_{self.start.version}" / "config.yaml"
             self.changed = changed_options(config, self.parser.dump(self.config, skip_none=False))
@@ -112,6 +112,8 @@ class FitCLI(LightningCLI):
             self.lock = lock_run(folder) if self.trainer.is_global_zero else None
             resumed_at = None if start.version is None else start.step
             zero = self.trainer.is_global_zero
+            if zero and (start.version is None or start.checkpoint is None):  # else another number is refused later
+                note_ranks(folder, self.trainer.world_size)
             self.trainer.loggers = [*run_loggers(self.root, version, resumed_at), *given] if zero else []
         path = start.checkpoint
         if path is not None and start.version is not None:
@@ -132,6 +134,52 @@ class FitCLI(LightningCLI):
             return
         if folder is not None and self.trainer.state.finished:
             mark_finished(folder, self.trainer.global_step, self.limits)
+
+
+def refuse_trainer_options(trainer: Any) -> None:
+    """Raises UserError for options of the trainer that would train otherwise than is meant, or end in a traceback."""
+    if trainer.accumulate_grad_batches != 1 or trainer.gradient_clip_val is not None:
+        raise UserError(
+            "the module accumulates and clips itself: give --model.accumulate and --model.clip instead of "
+            "--trainer.accumulate_grad_batches and --trainer.gradient_clip_val"
+        )
+    if str(trainer.strategy).startswith(("fsdp", "deepspeed")) and trainer.strategy != "fsdp2":
+        raise UserError(
+            f"strategy {trainer.strategy}: gradients are mixed and summed for one device, ddp and fsdp2 only; set "
+            "--trainer.strategy fsdp2, which divides parameters over all processes and runs on CPUs too"
+        )
+    if trainer.barebones:
+        raise UserError("--trainer.barebones leaves out logs and checkpoints, which a run consists of: leave it out")
+    if trainer.overfit_batches:
+        raise UserError(
+            "--trainer.overfit_batches would replace the order of rows: give --data.train a file of a few rows, and "
+            "--trainer.max_epochs"
+        )
+    if str(trainer.precision).startswith("transformer-engine"):
+        raise UserError(
+            f"precision {trainer.precision}: layers are those of transformers; use bf16-mixed, bf16-true or 32-true"
+        )
+
+
+def refuse_checkpoint_options(config: Any) -> None:
+    """Raises UserError for options of checkpoints that `--ckpt_path last` could not go on with, or that do nothing."""
+    checkpoint = config.checkpoint
+    if checkpoint.dirpath is not None:
+        raise UserError(
+            "--checkpoint.dirpath: checkpoints stand in their run's folder, where --ckpt_path last looks for them; "
+            "give --trainer.default_root_dir a place that has room"
+        )
+    if checkpoint.save_last == "link" or checkpoint.save_on_train_epoch_end is not None:
+        raise UserError(
+            "--checkpoint.save_last link and --checkpoint.save_on_train_epoch_end: checkpoints are files of their own, "
+            "and written at the end of optimizer steps; leave them out"
+        )
+    if checkpoint.monitor is not None and config.data.validation is None:
+        raise UserError(
+            f"--checkpoint.monitor {checkpoint.monitor}: scores come from validation rows: give --data.validation"
+        )
+    if config.ckpt_path == "last" and config.trainer.logger is False:
+        raise UserError("--ckpt_path last goes on in a run's folder, and --trainer.logger false makes none")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -174,6 +222,7 @@ def _run(args: Sequence[str] | None, signals: StopSignals) -> int:
         args=None if args is None else list(args),
         seed_everything_default=0,
         trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [signals]},
+        save_config_callback=ConfigSaver,
         parser_kwargs={"prog": "python -m bvpo.fit", "description": __doc__, "usage": USAGE},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,

@@ -18,6 +18,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -31,13 +32,27 @@ from bvpo.errors import UserError
 
 SPARSE = 8  # ended rows are dropped, and their places filled, once they are one row in so many
 
+PROBE = (2, 5)  # tokens of the prompts by which a model's cached steps are asked
+PROMPTS = 3  # of each length: in half precision a router of experts may choose otherwise here and there
+MODEL_FAULTS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_faults: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()  # of the models that have been asked
+
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt in token ids, BOS included where the model wants one, and the seed of the response to it."""
+    """A prompt in token ids, BOS included where the model wants one, and the seed of the response to it.
+
+    Attributes:
+        name: What it asks for, such as "prompt 17, thinking, response 2": for messages.
+    """
 
     prompt: Sequence[int]
     seed: int
+    name: str = ""
+
+    def label(self, index: int) -> str:
+        """What a message calls it, given its place among the requests."""
+        return f"request {index + 1}" + (f" ({self.name})" if self.name else "")
 
 
 @dataclass(frozen=True)
@@ -74,17 +89,24 @@ class Backend(Protocol):
         ...
 
 
-def check_requests(requests: Sequence[Request], decoding: Decoding, positions: int | None) -> None:
-    """Raises UserError for an empty prompt, and for one that leaves fewer than `max_new_tokens` of the positions."""
+def check_requests(requests: Sequence[Request], decoding: Decoding, positions: int | None, setting: str = "") -> None:
+    """Raises UserError for an empty prompt, and for one that leaves fewer than `max_new_tokens` of the positions.
+
+    Args:
+        positions: None where they are not known.
+        setting: The option that they come from, if there is one.
+    """
+    new, source = decoding.max_new_tokens, f" ({setting})" if setting else ""
+    if positions is not None and requests and new >= positions:
+        raise UserError(f"the model has {positions} positions{source} and max_new_tokens is {new}: lower it")
     for index, request in enumerate(requests):
-        if not len(request.prompt):
-            raise UserError(f"request {index + 1}: the prompt is empty; give at least one token, BOS for instance")
-        needed = len(request.prompt) + decoding.max_new_tokens
-        if positions is not None and needed > positions:
+        name, own = request.label(index), len(request.prompt)
+        if not own:
+            raise UserError(f"{name}: the prompt is empty; give at least one token, BOS for instance")
+        if positions is not None and own + new > positions:
             raise UserError(
-                f"request {index + 1}: a prompt of {len(request.prompt)} tokens and max_new_tokens "
-                f"{decoding.max_new_tokens} make {needed}, and the model has {positions} positions: shorten the prompt "
-                "or lower max_new_tokens"
+                f"{name}: a prompt of {own} tokens and max_new_tokens {new} make {own + new}, and the model has "
+                f"{positions} positions{source}: shorten the prompt or lower max_new_tokens"
             )
 
 
@@ -143,9 +165,15 @@ class Transformers:
     def complete(
         self, requests: Sequence[Request], decoding: Decoding, stops: Sequence[int]
     ) -> Generator[tuple[int, Completion]]:
-        """See `Backend`; by and large, short prompts come first."""
+        """See `Backend`; by and large, short prompts come first.
+
+        Raises:
+            UserError: A step from the cache does not give what a plain forward pass does; asked once a model.
+        """
         config = self.model.config.get_text_config()
         check_requests(requests, decoding, getattr(config, "max_position_embeddings", None))
+        if requests:
+            self._check_steps()
         return self._complete(requests, decoding, frozenset(stops))
 
     def _complete(
@@ -197,15 +225,13 @@ class Transformers:
     @torch.no_grad()
     def _step(self, batch: _Batch, decoding: Decoding, stops: frozenset[int]) -> list[tuple[int, Completion]]:
         """Draw one token for every row; the completions that end with it."""
-        batch.mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], 1)
-        logits = self._forward(batch.pending[:, None], batch.mask, batch.cache)
+        logits = self._logits(batch)
         column = batch.drawn.clamp(max=batch.uniforms.shape[1] - 1)[:, None]
         batch.pending, logprobs = draw(logits, batch.uniforms.gather(1, column)[:, 0], decoding)
         batch.drawn = batch.drawn + 1
         tokens, added = torch.stack([batch.pending.double(), logprobs]).tolist()  # the one wait for a GPU
         completions = []
         for row, token, logprob in zip(batch.rows, map(int, tokens), added, strict=True):
-            row.length += 1
             if row.ended:
                 continue
             if not math.isfinite(logprob):
@@ -220,6 +246,13 @@ class Transformers:
                 completions.append((row.index, Completion(row.token_ids, reason, row.logprob)))
         return completions
 
+    def _logits(self, batch: _Batch) -> Tensor:
+        """(B, V) logits after the pending tokens, which go into the cache."""
+        batch.mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], 1)
+        for row in batch.rows:
+            row.length += 1
+        return self._forward(batch.pending[:, None], batch.mask, batch.cache)
+
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """(B, V) logits after the last of (B, T) ids, which go into the cache; the mask covers it and them."""
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
@@ -228,6 +261,68 @@ class Transformers:
         if "logits_to_keep" in self._accepted:
             inputs["logits_to_keep"] = 1
         return cast(Tensor, cast(Any, self.model)(**inputs).logits[:, -1])
+
+    # ------------------------------------------------------------------ whether the model has such a cache
+
+    def _check_steps(self) -> None:
+        """A signature does not tell: a model may take the cache and not use it, or put padding into its state."""
+        if self.model not in _faults:
+            was_training = self.model.training
+            self.model.eval()
+            try:
+                _faults[self.model] = self._wrong_steps()
+            finally:
+                self.model.train(was_training)
+        if fault := _faults[self.model]:
+            raise UserError(
+                f"{type(self.model).__name__}: its cached steps are not those of a plain forward pass ({fault}); use "
+                "VLLMEngine or ServerEngine"
+            )
+
+    @torch.no_grad()
+    def _wrong_steps(self) -> str | None:
+        """What is wrong with two steps of random texts, padded on the left and one of them dropped in between."""
+        vocabulary, device = self.model.config.get_text_config().vocab_size, self.model.device
+        lengths = list(PROBE) * PROMPTS
+        shape = (len(lengths), max(PROBE) + 1)  # a prompt, and the token that the second step begins with
+        texts = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0)).tolist()
+        requests = [Request(text[:length], 0) for text, length in zip(texts, lengths, strict=True)]
+        try:
+            batch = self._read([*range(len(texts)), 0], requests, Decoding(0.0))
+            first = self._logits(batch)[:-1]
+            batch.pending = torch.tensor([texts[row.index][lengths[row.index]] for row in batch.rows], device=device)
+            batch.rows[0].ended = True
+            second = self._logits(cast(_Batch, batch.kept())).roll(1, 0)  # the first text is in the last row now
+            for place, length in enumerate(PROBE):
+                ids = torch.tensor([text[: length + 1] for text in texts[place :: len(PROBE)]], device=device)
+                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+                plain = cast(Any, self.model)(**inputs).logits[:, -2:]  # (PROMPTS, 2, V)
+                cached = torch.stack([step[place :: len(PROBE)] for step in (first, second)], 1)  # (PROMPTS, 2, V)
+                errors = _relative_errors(cached, plain).amax(1)
+                if not bool((errors <= _tolerance(self.model.dtype, plain.dtype)).any()):  # they may be no numbers
+                    return f"logits are off by {float(errors.min()):.1%}"
+        except torch.OutOfMemoryError:
+            raise
+        except MODEL_FAULTS as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        return None
+
+
+def _relative_errors(found: Tensor, exact: Tensor) -> Tensor:
+    """Of (…, V) logits, up to a constant; those that should not be finite play no role, `_step` looks at these."""
+    known, exact = exact.isfinite(), exact.double()
+    error = torch.where(known, found.double() - exact, 0.0)
+    spread = torch.where(known, exact - torch.where(known, exact, 0.0).mean(-1, keepdim=True), 0.0)
+    size: Tensor = torch.linalg.vector_norm(spread, dim=-1)
+    errors: Tensor = torch.linalg.vector_norm(error, dim=-1)
+    return errors / size.clamp(min=1e-300)
+
+
+def _tolerance(*dtypes: torch.dtype) -> float:
+    """Of a relative error: in half precision dozens of roundings of 2⁻⁹ each, which make a router choose other experts,
+    otherwise perhaps TF32's of 2⁻¹¹. Small random models without their state were off by 40% and more, RecurrentGemma
+    by 6%: in half precision that one passes."""
+    return 0.1 if min(dtype.itemsize for dtype in dtypes) <= 2 else 1e-2
 
 
 @dataclass

@@ -10,7 +10,7 @@
     output: runs/ablations/beta             folder of runs, tables and plot
     prepare: [python -m bvpo.derive …]      commands that are run first
 
-Option names are those of `bvpo.fit`, dotted.
+Option names are those of `bvpo.fit`, dotted or nested. Only `true` and `false` are booleans; `off` and dates are texts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.fit import TRAINER_DEFAULTS, FitCLI
 from bvpo.module import BVPO
+from bvpo.runs import flat_options
 
 KEYS = ("base", "cells", "grid", "seeds", "metrics", "baseline", "output", "prepare")
 OWN = {  # options that the command itself gives every fit
@@ -41,6 +43,7 @@ OWN = {  # options that the command itself gives every fit
     "trainer.logger": "results are read from metrics.csv",
     "ckpt_path": "fits go on by themselves",
 }
+JOBS = "jobs"  # submitit's files, in the grid's folder
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,11 @@ def load_grid(path: Path, options: Sequence[str] = (), output: Path | None = Non
         output, seeds: Replace the file's.
 
     Raises:
-        UserError: The file cannot be read, has an unknown key, or a cell that `bvpo.fit` does not take.
+        UserError: The file cannot be read, has an unknown key, or a cell that `bvpo.fit` does not take; or an option is
+            one that the grid itself gives every fit.
     """
     given = _read(path)
+    _refuse_own("the command line", _of_command_line(options))
     named = _mapping(path, given, "cells") or {"": {}}
     axes = _mapping(path, given, "grid")
     for key, values in axes.items():
@@ -152,6 +157,9 @@ def load_grid(path: Path, options: Sequence[str] = (), output: Path | None = Non
     ]
     _unique(path, [cell.name for cell in cells], "cells of that name")
     _unique(path, [cell.folder for cell in cells], "cells whose folder is")
+    for cell in cells:
+        if cell.folder in ("", ".", "..", JOBS):
+            raise UserError(f"{path}: cell {cell.name!r}: its folder would be no cell's own; give it another name")
     parser = fit_parser()
     return Grid(
         path,
@@ -159,7 +167,7 @@ def load_grid(path: Path, options: Sequence[str] = (), output: Path | None = Non
         _seeds(path, given.get("seeds", 1) if seeds is None else seeds),
         _metrics(path, _mapping(path, given, "metrics")),
         output or Path(_text(path, given, "output")),
-        tuple(_list_of_text(path, given.get("prepare") or [], "prepare")),
+        _commands(path, given.get("prepare") or []),
     )
 
 
@@ -187,11 +195,39 @@ def fit_parser() -> LightningArgumentParser:
 # ---------------------------------------------------------------------- the file
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without its traps: a key that is there twice is an error, and only true and false are booleans."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name = str(self.construct_object(key))
+            if name in names:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{name!r} is there twice; give each a name of its own", problem_mark=key.start_mark
+                )
+            names.add(name)
+        return node
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^([Tt]rue|[Ff]alse|TRUE|FALSE)$"), list("tTfF"))
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        given = yaml.safe_load(path.read_text())
+        given = yaml.load(path.read_text(), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.constructor.ConstructorError as error:
+        line = 1 + error.problem_mark.line if error.problem_mark else 1
+        raise UserError(f"{path}: line {line}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(given, dict):
@@ -220,6 +256,18 @@ def _list_of_text(path: Path, value: Any, key: str) -> list[str]:
     if not all(isinstance(own, str) and own for own in values):
         raise UserError(f"{path}: {key}: expected a text or a list of texts, found {value!r}")
     return values
+
+
+def _commands(path: Path, value: Any) -> tuple[str, ...]:
+    commands = _list_of_text(path, value, "prepare")
+    for command in commands:
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise UserError(f"{path}: prepare: {command}: {error}") from error
+        if not words:
+            raise UserError(f"{path}: prepare: expected commands, found {command!r}")
+    return tuple(commands)
 
 
 def _unique(path: Path, names: Sequence[str], what: str) -> None:
@@ -260,6 +308,9 @@ def _baselines(path: Path, baseline: Any, labels: Mapping[str, list[str]]) -> di
     every = [label for own in labels.values() for label in own]
     if baseline is None:
         return dict.fromkeys(every)
+    if not isinstance(baseline, str | int | float):
+        raise UserError(f"{path}: baseline: expected the name of a cell, found {baseline!r}")
+    baseline = str(baseline)
     if baseline in labels:
         return {label: labels[baseline][number] for own in labels.values() for number, label in enumerate(own)}
     if baseline not in every:
@@ -267,13 +318,30 @@ def _baselines(path: Path, baseline: Any, labels: Mapping[str, list[str]]) -> di
     return dict.fromkeys(every, baseline)
 
 
+def _refuse_own(where: str, options: Mapping[Any, Any]) -> None:
+    for key in flat_options(options):
+        if key.removesuffix("+") in OWN:
+            raise UserError(f"{where}: {key} is not a cell's to set: {OWN[key.removesuffix('+')]}")
+
+
+def _of_command_line(words: Sequence[str]) -> dict[str, Any]:
+    """`--key value` and `--key=value` → options."""
+    options = {}
+    for word, after in itertools.zip_longest(words, words[1:], fillvalue=""):
+        if word.startswith("--"):
+            key, equals, value = word.removeprefix("--").partition("=")
+            try:
+                options[key] = yaml.load(value if equals else after, _Loader)
+            except yaml.YAMLError:  # a text
+                options[key] = value
+    return options
+
+
 def _arguments(path: Path, where: str, options: Any) -> list[str]:
     """Options → command line. A `config` is looked for beside the grid's file, and comes first."""
     if not isinstance(options, dict):
         raise UserError(f"{path}: {where}: expected options with values, found {options!r}")
-    for key in options:
-        if key in OWN:
-            raise UserError(f"{path}: {where}: {key} is not a cell's to set: {OWN[key]}")
+    _refuse_own(f"{path}: {where}", options)
     files = _list_of_text(path, options.get("config") or [], f"{where}: config")
     found = [path.parent / file for file in files]
     if missing := [file for file in found if not file.is_file()]:
@@ -288,6 +356,8 @@ def _parsed(path: Path, cell: Cell, parser: LightningArgumentParser) -> Cell:
         config = parser.parse_args(list(cell.arguments))
     except ArgumentError as error:
         raise UserError(f"{path}: cell {cell.name}: {' '.join(str(error).split())}") from error
+    if config.trainer.logger is False:
+        raise UserError(f"{path}: cell {cell.name}: a config sets trainer.logger to false: {OWN['trainer.logger']}")
     settings = parser.dump(config, skip_none=False)
     resolved = yaml.safe_load(settings)
     model, mixing = resolved["model"], resolved["model"]["mixing"].get("init_args", {})

@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
-from bvpo.cell import LOG, CellJob, last_words
+from bvpo.cell import LOG, CellJob, last_words, locked
 from bvpo.checkpoints import replacing
 from bvpo.errors import UserError
 from bvpo.grid import Fit, Grid
-from bvpo.runs import changed_options
+from bvpo.runs import changed_options, read_table
 
 POLL = 0.5  # seconds
 LONG = 60 * 24 * 365  # minutes: submitit's local processes have a limit, and two minutes by default
@@ -60,21 +60,34 @@ def logged_steps(fit: Fit) -> int:
 
 
 def check_settings(grid: Grid) -> None:
-    """Note each cell's settings in its folder. Raises UserError where fits with other settings are there already."""
+    """Note each cell's settings in its folder.
+
+    Raises:
+        UserError: Fits with other settings run there or have taken a step; or the settings cannot be written.
+    """
     for cell in grid.cells:
         path = grid.output / cell.folder / "settings.yaml"
-        if changed := changed_options(path, cell.settings):
-            raise UserError(
-                f"{path.parent}: has fits of cell {cell.name} with other settings ({'; '.join(changed[:5])}): delete "
-                "the folder, or give another --output"
-            )
         try:
+            changed = changed_options(path, cell.settings)
+            if changed and any(map(_has_begun, path.parent.glob("seed_*"))):
+                raise UserError(
+                    f"{path.parent}: has fits of cell {cell.name} with other settings ({'; '.join(changed[:5])}): "
+                    "delete the folder, or give another --output"
+                )
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
+            if changed or not path.exists():
                 with replacing(path) as file:
                     file.write(cell.settings.encode())
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a fit runs in its folder, or has logged a step or written a checkpoint there."""
+    if any(map(locked, folder.glob("lock_*"))):
+        return True
+    logs = [path for path in folder.glob("version_*/metrics.csv") if read_table(path)[1]]
+    return bool(logs or [*folder.glob("version_*/finished.json"), *folder.glob("version_*/checkpoints/*")])
 
 
 # ---------------------------------------------------------------------- running

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -15,7 +15,7 @@ from bvpo.errors import UserError
 from bvpo.memory import BatchShape
 from bvpo.pairs import prepare_rows
 from bvpo.row_faults import Sample, draw_sample
-from bvpo.selection import SEQUENCES, RowOptions, RowReport, survey
+from bvpo.selection import SEQUENCES, RowOptions, RowReport, left_out, survey
 from bvpo.traces import template_fingerprint
 
 
@@ -32,9 +32,14 @@ class Inspection:
     @property
     def kept(self) -> list[int]:
         """Indices of the rows that a fit would train on, were it to start."""
-        dropped = self.report.overlong if self.options.on_overlong in ("drop", "error") else ()
-        left_out = {*self.report.bad, *dropped}
-        return [index for index in range(self.report.total) if index not in left_out]
+        refused = self.options.on_overlong == "error"
+        dropped = left_out(self.report, replace(self.options, on_overlong="drop") if refused else self.options)
+        return [index for index in range(self.report.total) if index not in dropped]
+
+    @property
+    def trained_on(self) -> datasets.Dataset:
+        """Those rows."""
+        return self.tokenized.select(self.kept)
 
 
 def inspect(data: PairData, name: str, anchors: bool, wanted: Sequence[int] = ()) -> Inspection:
@@ -43,7 +48,7 @@ def inspect(data: PairData, name: str, anchors: bool, wanted: Sequence[int] = ()
     A row that is rare among all, and that a random sample may miss, is looked at whatever the draw.
     """
     source, tokenizer = str(data.sources[name]), data.tokenizer
-    rows, options = data.read(source), data.row_options(anchors)
+    rows, options = data.read(source), data.row_options(anchors, name)
     if out := [index for index in wanted if not 0 <= index < len(rows)]:
         raise UserError(f"{source}: there is no row {out[0] + 1}; it has {len(rows)} rows")
     tokenized = prepare_rows(rows, tokenizer, source, options)

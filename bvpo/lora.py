@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from bvpo.errors import UserError
 from bvpo.slices import local, local_rows
@@ -42,7 +43,11 @@ class LoRA:
 
 
 def add_adapters(model: PreTrainedModel, lora: LoRA) -> None:
-    """Put adapters into the model and freeze everything else. Raises UserError where no layer has such a name."""
+    """Put adapters into the model and freeze everything else.
+
+    Raises:
+        UserError: No layer has such a name, or one that has is not linear.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -61,6 +66,10 @@ def add_adapters(model: PreTrainedModel, lora: LoRA) -> None:
         raise UserError(f"--model.lora: {str(error).splitlines()[0]}") from error
     if model.get_output_embeddings() is not None and is_adapter_layer(model.get_output_embeddings()):
         raise UserError("--model.lora: the head cannot be adapted; leave it out of lora.target")
+    for name, module in model.named_modules():
+        if is_adapter_layer(module) and not isinstance(module.base_layer, nn.Linear | Conv1D):
+            kind = type(module.base_layer).__name__
+            raise UserError(f"--model.lora: {name} is no linear layer ({kind}); leave it out of lora.target")
     widest = torch.promote_types(model.dtype, torch.float32)
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from threading import Timer
 from typing import IO, cast
 
 MEMORY = 4 << 30  # bytes that the process may take: some numbers are larger than any memory
+GRACE = 5.0  # seconds beyond a check's own after which the process ends itself, its parent having been killed
 
 
 class Checker:
@@ -35,7 +37,7 @@ class Checker:
     """
 
     def __init__(self, timeout: float) -> None:
-        self.timeout, self.expired = timeout, 0
+        self.timeout, self.expired, self._closed = timeout, 0, False
 
     def __enter__(self) -> Checker:
         self._start()
@@ -44,15 +46,22 @@ class Checker:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
+    def close(self) -> None:
+        """End the process for good, in the middle of a check too, which another thread may wait for."""
+        self._closed = True
+        self.process.kill()
+
     def is_correct(self, gold: str, answer: str) -> bool | None:
         """As `is_correct` below; False where time is up."""
         timer = Timer(self.timeout, self._end)
         timer.start()
-        print(json.dumps([gold, answer]), file=self.process.stdin, flush=True)
-        reply = self._output.readline()  # "" when the process has ended
-        timer.cancel()
-        timer.join()
-        if self._ended or not reply:
+        try:
+            print(json.dumps([gold, answer]), file=self.process.stdin, flush=True)
+            reply = self._output.readline()  # "" when the process has ended
+        finally:
+            timer.cancel()
+            timer.join()
+        if (self._ended or not reply) and not self._closed:
             self._stop()
             self._start()
         if not reply:
@@ -65,8 +74,11 @@ class Checker:
         return cast(IO[str], self.process.stdout)
 
     def _start(self) -> None:
-        program = [sys.executable, "-P", __file__]  # -P: modules beside this file are none of the program's
-        self.process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # -P: modules beside this file are none of the program's. A session of its own: Ctrl-C is for the parent alone
+        program = [sys.executable, "-P", __file__, str(self.timeout + GRACE)]
+        self.process = subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         self._ended = False
         if not self._output.readline():
             self._stop()
@@ -103,10 +115,13 @@ def check_all(
 
     with ExitStack() as stack:
         count = min(workers, len(pairs))
-        for _ in range(count):
-            idle.put(stack.enter_context(Checker(timeout)))
+        checkers = [stack.enter_context(Checker(timeout)) for _ in range(count)]
+        for checker in checkers:
+            idle.put(checker)
         if count:
             pool = stack.enter_context(ThreadPoolExecutor(count))
+            for checker in checkers:
+                stack.callback(checker.close)  # before the pool waits for its threads: Ctrl-C waits for no check
             yield from pool.map(check, range(len(pairs)))
 
 
@@ -124,15 +139,22 @@ def is_correct(gold: str, answer: str) -> bool | None:
     return bool(verify(right, parse(answer, parsing_timeout=None), timeout_seconds=None))
 
 
-def main() -> None:
-    """Says that it is ready, then answers each line [gold, answer] on stdin, all in JSON."""
+def main(limit: float) -> None:
+    """Says that it is ready, then answers each line [gold, answer] on stdin, all in JSON, until stdin is closed.
+
+    Args:
+        limit: Seconds for one check, after which the system ends the process, which no arithmetic holds up.
+    """
     most = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most), most))
     logging.disable()  # that time is unbounded here is known
     print(json.dumps(is_correct("1", "1")), flush=True)
     for line in sys.stdin:
-        print(json.dumps(is_correct(*json.loads(line))), flush=True)
+        signal.setitimer(signal.ITIMER_REAL, limit)
+        reply = json.dumps(is_correct(*json.loads(line)))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(reply, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]))

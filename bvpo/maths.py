@@ -1,8 +1,9 @@
 """The mathematical benchmarks, scored by math-verify: AIME 2024 and 2025, AMC 23, Minerva, OlympiadBench, MATH-500.
 
 A question is asked as it stands, with `INSTRUCTION` on a line of its own behind it. Of an answer, what stands in its
-last `\\boxed{…}` is compared; without a box, math-verify looks for the final formula or number. A response that was not
-finished has no answer, whatever it holds in boxes.
+last closed `\\boxed{…}` is compared; without a box, math-verify looks for the final formula or number. A response that
+was not finished has no answer, whatever it holds in boxes. The reward `math` compares by the same `right_answer` and
+`to_compare`.
 """
 
 from __future__ import annotations
@@ -26,11 +27,31 @@ from bvpo.reading import describe
 from bvpo.traces import check_text
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."  # R1's model card has this
-_BOX = re.compile(r"\\boxed\s*\{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
-_SCIENTIFIC = re.compile(r"(?<![\w.])(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])")
+RULES = 2  # of what is compared, below; raise it with every change, for scores that are kept depend on them
+
+_BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\(?!\\(?:boxed|fbox)\s*\{).|[{}]", re.DOTALL)  # \{ is no brace
+_GAP = r"(?:[\s$]|\\[()]){0,9}"  # bounded, as below: an answer may be a loop of one character
+_JOINT = re.compile(rf"{_GAP}(?:,|,?\s?(?:and|or)|\\text\s*\{{\s*,?\s*(?:and|or)\s*\}}){_GAP}")  # between two boxes
+_DOLLARS = re.compile(r"\$[^$]+\$")
+_SPACES = re.compile(r"(?:\s|~|\\[,;: ])+")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-_LAYOUT = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\[,;:! ]|\\displaystyle|[$~]|(?<!\d)\s+|\s+(?!\d)|\.$")
+_LAYOUT = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\!|\\displaystyle|\$|(?<!\d) | (?!\d)|\.$")
+
+_SCIENTIFIC = re.compile(r"(?<![\w.])(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w|\.\d)")
+_LAST_SCIENTIFIC = re.compile(_SCIENTIFIC.pattern + r"(?=\D*\Z)")
+_DEGREE = re.compile(r"\^\s*\{\s*(?:\\degree|°)\s*\}|\^?(?:\\degree(?![a-zA-Z])|°)")
+_SPACE = r"(?:\s|~|\\[,;:! ])"
+_MIXED = re.compile(rf"(?<![\w.,/^}}])(\d{{1,9}}){_SPACE}+(\d{{1,9}})/(\d{{1,9}})(?!\w|/|\^|\.\d)")
+_GROUPED = re.compile(rf"(?<![\w.,/^}}])[1-9]\d{{0,2}}(?:{_SPACE}\d{{3}})+(?!\d)")
+_REPEATING = re.compile(r"(?<![\w.,}])(\d{0,9})\.(\d{0,9})\\(?:overline|bar)\s*\{(\d{1,9})\}(?!\d)")
+_SIGN = re.compile(r"\\(pm|mp)(?![a-zA-Z])\s*")
+_FIRST_PLUS = re.compile(r"((?:^|[=({\[,])\s*)\+")
+_SET = re.compile(r"((?:[a-zA-Z]\s*(?:=|\\in)\s*)?\\(?:left\\)?\{)(.*?)(\\(?:right\\)?\})", re.DOTALL)
+_STRUCTURE = re.compile(
+    r"(?P<separator>;|(?<!\d),|,(?!\d{3}(?!\d))|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![\\\w])(?:and|or)(?!\w))"
+    r"|(?P<open>\\?[({\[])|(?P<close>\\?[)}\]])"
+)
+_INLINE = re.compile(r"(?<![\\\d])(\$\$?|\\\(|\\\[)([^$\n]{1,999}?)((?<!\\)\$\$?|\\\)|\\\])")
 
 
 @dataclass(frozen=True)
@@ -81,7 +102,7 @@ class Maths(Scored):
     def verdicts(self, answers: Sequence[Answer], work: Path, progress: bool) -> list[Verdict]:
         """As `Scored`; what math-verify said is kept in `work/verdicts.jsonl`, and asked once for equal answers."""
         boxes = [last_boxed(answer.text or "") for answer in answers]
-        pairs = [_pair(own.item.row["gold"], own.text or "", box) for own, box in zip(answers, boxes, strict=True)]
+        pairs = [to_compare(own.item.row["gold"], own.text or "") for own in answers]
         keys = [None if pair is None else self._key(pair) for pair in pairs]
         with Journal(work, "verdicts", lambda record: record["key"]) as journal:
             asked = {key: pair for key, pair in zip(keys, pairs, strict=True) if key and pair and key not in journal}
@@ -100,13 +121,6 @@ class Maths(Scored):
 
     def _key(self, pair: tuple[str, str]) -> str:
         return hashlib.sha256(json.dumps([self.scorer, *pair]).encode()).hexdigest()
-
-
-def _pair(gold: str, text: str, box: str | None) -> tuple[str, str] | None:
-    """What math-verify is asked to compare; None where it need not be, the two being the same text."""
-    if same_text(gold, text if box is None else box):
-        return None
-    return formula(gold), text if box is None else f"\\boxed{{{formula(box)}}}"
 
 
 def _verdict(record: Mapping[str, Any], box: str | None) -> Verdict:
@@ -140,27 +154,59 @@ def gold_text(row: Mapping[str, Any], name: str, where: str) -> str:
         if not isinstance(value, str | int | float) or isinstance(value, bool) or not str(value).strip():
             raise UserError(f"{where}: field {name}: expected the right answer, found {describe(value)}")
         check_text(str(value), f"{where}, field {name}")
-        text = last_boxed(str(value)) or str(value).strip()
-        texts.append(text[1:-1].strip() if re.fullmatch(r"\$[^$]+\$", text) else text)
+        texts.append(right_answer(str(value)))
     return ", ".join(texts)
 
 
+# ---------------------------------------------------------------------- what is compared
+
+
+def right_answer(solution: str) -> str:
+    """The right answer of a solution: what stands in its last box, or all of it, without dollars around it."""
+    return _bare(last_boxed(solution) or solution.strip())
+
+
+def to_compare(gold: str, text: str) -> tuple[str, str] | None:
+    """The right answer and an answer as math-verify is asked to compare them; None where the two are the same text.
+
+    Args:
+        gold: As of `right_answer`.
+        text: The whole answer.
+    """
+    box = last_boxed(text)
+    if same_text(gold, text if box is None else box):
+        return None
+    return _readable(gold), in_prose(text) if box is None else f"\\boxed{{{_readable(_bare(box))}}}"
+
+
 def last_boxed(answer: str) -> str | None:
-    """What stands in the last `\\boxed{…}`; None where there is none, or where it is not closed."""
-    boxes = list(_BOX.finditer(answer))
+    r"""What stands in the last `\boxed{…}` or `\fbox{…}` that is closed; None where there is none.
+
+    Boxes that only a comma, `and` or `or` stands between are one answer: `\boxed{1} and \boxed{2}` is the list 1, 2.
+    """
+    boxes = _closed_boxes(answer)
     if not boxes:
         return None
-    start, depth = boxes[-1].end(), 1
-    for brace in _BRACE.finditer(answer, start):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return answer[start : brace.start()].strip()
-    return None
+    start, _, content = boxes[-1]
+    contents = [content]
+    for own_start, end, content in reversed(boxes[:-1]):
+        if not _JOINT.fullmatch(answer, end, start):
+            break
+        start, contents = own_start, [content, *contents]
+    return ", ".join(dict.fromkeys(contents))
 
 
-def formula(text: str) -> str:
-    """`4.5e33`, as Minerva writes it, is a product with Euler's number in LaTeX: write the power of ten out."""
-    return _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
+def _closed_boxes(text: str) -> list[tuple[int, int, str]]:
+    """(start, end, content) of each, by rising start: of two boxes in each other, the inner one is last."""
+    boxes, opened = list[tuple[int, int, str]](), list[re.Match[str]]()
+    for brace in _BRACE.finditer(text):
+        if brace["box"] or brace[0] == "{":
+            opened.append(brace)
+        elif brace[0] == "}" and opened:
+            own = opened.pop()
+            if own["box"]:
+                boxes.append((own.start(), brace.end(), text[own.end() : brace.start()].strip()))
+    return sorted(boxes)
 
 
 def same_text(gold: str, answer: str) -> bool:
@@ -169,4 +215,72 @@ def same_text(gold: str, answer: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    return _LAYOUT.sub("", _TEXT.sub(r"\1", text.strip()))
+    return _LAYOUT.sub("", _SPACES.sub(" ", _TEXT.sub(r"\1", text.strip())).strip())
+
+
+def _bare(text: str) -> str:
+    return text[1:-1].strip() if _DOLLARS.fullmatch(text) else text
+
+
+def _readable(text: str) -> str:
+    return in_prose(text) if re.search(r"(?<!\\)\$", text) else formula(text)
+
+
+def in_prose(text: str) -> str:
+    """As `formula`, for the formulas that a text holds, and for a power of ten that is its last number."""
+    pieces, end = list[str](), 0
+    for own in _INLINE.finditer(text):
+        pieces += [text[end : own.start()], own[1] + formula(own[2]) + own[3]]
+        end = own.end()
+    return "".join([*pieces, _LAST_SCIENTIFIC.sub(r"$\1 \\times 10^{\2}$", text[end:])])
+
+
+def formula(text: str) -> str:
+    r"""Notations that math-verify does not read or takes for others, written as it reads them.
+
+    `4.5e33` is a product with Euler's number in LaTeX; `3 1/4` is 13/4 and not 3/4; `1 250 000` is one number;
+    `0.\overline{3}` is 1/3; `30°` and `30\degree` are `30^\circ`; and each part with `\pm` is a list of two.
+    """
+    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
+    text = _REPEATING.sub(_as_fraction, _DEGREE.sub(r"^\\circ ", text))
+    text = _GROUPED.sub(lambda own: re.sub(r"\D", "", own[0]), _MIXED.sub(_as_improper, text))
+    return _both_signs(text.replace("~", " ").replace("±", "\\pm ").replace("∓", "\\mp "))
+
+
+def _as_fraction(repeating: re.Match[str]) -> str:
+    """0.1\\overline{6} is (16 − 1) / 90."""
+    whole, tail, period = repeating.groups()
+    numerator = int(whole + tail + period) - int(whole + tail or "0")
+    return f"\\frac{{{numerator}}}{{{10 ** len(tail) * (10 ** len(period) - 1)}}}"
+
+
+def _as_improper(mixed: re.Match[str]) -> str:
+    whole, numerator, denominator = map(int, mixed.groups())
+    proper = 0 < numerator < denominator
+    return f"\\frac{{{whole * denominator + numerator}}}{{{denominator}}}" if proper else mixed[0]
+
+
+def _both_signs(text: str) -> str:
+    r"""Each part of a list that holds `\pm` or `\mp`, with the upper signs and with the lower ones."""
+    if not _SIGN.search(text):
+        return text
+    if (own := _SET.fullmatch(text)) and len(_parts(text)) == 1:
+        return own[1] + _both_signs(own[2]) + own[3]
+    return ", ".join(reading for part in _parts(text) for reading in dict.fromkeys(_signed(part, s) for s in "+-"))
+
+
+def _signed(part: str, upper: str) -> str:
+    lower = "-" if upper == "+" else "+"
+    return _FIRST_PLUS.sub(r"\1", _SIGN.sub(lambda own: upper if own[1] == "pm" else lower, part))
+
+
+def _parts(text: str) -> list[str]:
+    """Cut at the commas, semicolons, `and` and `or` that stand in no bracket."""
+    parts, start, depth = list[str](), 0, 0
+    for mark in _STRUCTURE.finditer(text):
+        if mark["separator"] is None:
+            depth += 1 if mark["open"] else -1
+        elif depth == 0:
+            parts.append(text[start : mark.start()])
+            start = mark.end()
+    return [part.strip() for part in (*parts, text[start:]) if part.strip()]

@@ -17,7 +17,7 @@ from bvpo.losses import PairLogps, PreferenceLoss, reward_margin
 from bvpo.machine import Machine, format_bytes
 from bvpo.memory import MemoryEstimate
 from bvpo.policy import by_side, completion_logps
-from bvpo.shapes import ModelShape
+from bvpo.shapes import ModelShape, RowSizes, frequencies_misfit, positions_misfit, vocabulary_misfit
 
 # Of a sum of log-probabilities: the same sequence padded and alone is summed in another order, token by token.
 RELATIVE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -41,9 +41,8 @@ def check_vocabulary(model: ModelShape, tokenizer_size: int, largest_id: int) ->
         largest_id: The largest id of the rows.
     """
     name, found = "vocabulary", f"the model has {model.vocabulary} embeddings"
-    if largest_id >= model.vocabulary:
-        advice = "give the tokenizer that belongs to the policy, or resize the model's embeddings"
-        return Check(name, "fail", f"{found}, and the rows hold the id {largest_id}", advice)
+    if misfit := vocabulary_misfit(model, largest_id):
+        return Check(name, "fail", *misfit)
     if tokenizer_size > model.vocabulary:
         found += f", the tokenizer has ids up to {tokenizer_size - 1}; no row holds one of the others"
         return Check(name, "warn", found, "resize the model's embeddings, or sampling may meet an id without one")
@@ -55,17 +54,31 @@ def check_positions(model: ModelShape, longest: int) -> Check:
     name = "positions"
     if model.positions is None:
         return Check(name, "pass", f"the model names no limit; the longest sequence has {longest} tokens")
-    found = f"the longest sequence has {longest} tokens, the model was made for {model.positions}"
-    if longest <= model.positions:
-        return Check(name, "pass", found)
-    advice = f"set data.max_length to {model.positions} or less, and data.on_overlong"
-    return Check(name, "warn" if model.rotary else "fail", found, advice)
+    if misfit := positions_misfit(model, longest):
+        return Check(name, "warn" if model.rotary else "fail", *misfit)
+    return Check(name, "pass", f"the longest sequence has {longest} tokens, the model was made for {model.positions}")
 
 
-def check_memory(estimate: MemoryEstimate, machine: Machine) -> Check:
-    """The estimate against what the device has."""
+def check_frequencies(model: ModelShape, rows: RowSizes) -> Check:
+    """Whether each sequence has the same rotary frequencies whatever goes through the model beside it."""
+    name = "rotary frequencies"
+    if misfit := frequencies_misfit(model, rows.spans):
+        return Check(name, "fail", *misfit)
+    if model.frequencies is None:
+        return Check(name, "pass", "they do not depend on a batch's longest sequence")
+    return Check(name, "pass", f"no branch has sequences on both sides of {model.frequencies.border} tokens")
+
+
+def check_memory(estimate: MemoryEstimate, machine: Machine, attention: bool = True) -> Check:
+    """The estimate against what the device has.
+
+    Args:
+        attention: Whether the model's layers have attention, which the estimate is made for.
+    """
     need, ranks = estimate.total * machine.ranks_here, machine.ranks_here
     found = f"{format_bytes(need)} estimated" + (f" for {ranks} ranks" if ranks > 1 else "")
+    if not attention:
+        found += ", roughly: the model's layers have no attention, and what they keep instead is not known"
     if machine.memory is None:
         return Check("memory", "skipped", f"{found}; {machine.where}: give --device_memory 80GiB to plan for one")
     parts = {name: size for name, size in estimate.as_dict().items() if name not in ("total", "host")}

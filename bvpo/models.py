@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 
 from bvpo import ranks
 from bvpo.data import PairData
+from bvpo.errors import UserError
 from bvpo.lora import LoRA, add_adapters, start_adapters
 from bvpo.packed import use_attention_kernel, use_packed_attention
 from bvpo.policy import completion_logps, load_policy
 from bvpo.reference import AdapterReference, CachedReference, LiveReference, Reference
 from bvpo.reference_cache import ReferenceCache, weights_fingerprint
-from bvpo.shapes import ModelShape
+from bvpo.shapes import ModelShape, RowSizes, model_shape, positions_misfit, row_misfit, tokenizer_size
 from bvpo.sharding import FSDP2
 from bvpo.slices import is_sharded
 
@@ -72,6 +73,31 @@ class Models:
             return LiveReference.copy_of(policy)
         return LiveReference(own or self._frozen(self.policy))
 
+    def require_room(self, shape: ModelShape, data: PairData) -> None:
+        """Look at all rows' ids and lengths before a model does: a GPU would only say that an index is out of bounds.
+
+        Args:
+            shape: The policy's.
+
+        Raises:
+            UserError: Rows do not fit the policy or the reference. All ranks raise it where one does.
+        """
+        shapes = {self.policy: shape}
+        if self.reference is not None and self.reference != self.policy:
+            shapes[self.reference] = model_shape(self.reference)
+        size = tokenizer_size(data.tokenizer)
+        ids = any(size > own.vocabulary for own in shapes.values())
+        misfits = []
+        for name, rows in data.rows.items():
+            sizes = RowSizes.of(rows, ids)
+            for model, own in shapes.items():
+                if misfit := row_misfit(own, sizes):
+                    misfits.append(f"{data.sources[name]}, for {model}: {misfit.found}: {misfit.advice}")
+                elif misfit := positions_misfit(own, sizes.longest):
+                    rank_zero_warn(f"{data.sources[name]}, for {model}: {misfit.found}. What to do: {misfit.advice}")
+        if found := [text for own in ranks.gather_objects(misfits) for text in own]:
+            raise UserError(found[0])
+
     def fill_cache(self, reference: CachedReference, policy: PreTrainedModel, trainer: L.Trainer) -> None:
         """Give the rows their reference's log-probabilities, computed where the disk does not have them yet.
 
@@ -94,6 +120,7 @@ class Models:
                 cache.compute(
                     model,
                     data.batch_size,
+                    data.max_tokens,
                     data.pad_token_id,
                     lambda batch: trainer.strategy.batch_to_device(batch, device),
                     trainer.precision_plugin.forward_context,

@@ -41,7 +41,7 @@ from bvpo.losses import DPO, PreferenceLoss
 from bvpo.mixing import Fixed, MixingPolicy
 from bvpo.models import Models
 from bvpo.monitor import GradientMonitor
-from bvpo.optimization import adamw, learning_rate_scale
+from bvpo.optimization import adamw, follow_options, scheduled
 from bvpo.passes import Passes
 from bvpo.policy import resolve_model
 from bvpo.records import StepRecord, ValidationRecord, gradient_metrics
@@ -201,18 +201,15 @@ class BVPO(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = adamw(self.optimizer_name, self._trained(), self.learning_rate, self.weight_decay)
-        total = self.total_steps
-        scale = LambdaLR(optimizer, lambda step: learning_rate_scale(step, total, self.warmup_steps, self.schedule))
-        return [optimizer], [scale]
+        return [optimizer], [scheduled(optimizer, self.total_steps, self.warmup_steps, self.schedule)]
 
     @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole fit: the trainer's estimate does not know our accumulation."""
-        if self.trainer.max_steps > 0:
-            return self.trainer.max_steps
-        return self._data.sampler().steps * (self.trainer.max_epochs or 1)
+    def total_steps(self) -> float:
+        """Optimizer steps of the whole fit; inf where no number of them ends it."""
+        return self._data.total_steps
 
     def on_fit_start(self) -> None:
+        self.models.require_room(self.shape, self._data)
         self.models.choose_kernel(self.policy, self.trainer)
         if isinstance(self.reference, LiveReference):
             if not is_sharded(self.policy):
@@ -231,7 +228,9 @@ class BVPO(L.LightningModule):
         self.batch_rows = self._data.sampler().step_rows
 
     def on_train_start(self) -> None:
-        if self.monitor is not None:  # sharded runs load their checkpoint behind `on_fit_start`
+        """All is restored by now: sharded runs load their checkpoint behind `on_fit_start`."""
+        follow_options(cast(LambdaLR, self.lr_schedulers()), self.learning_rate, self.weight_decay)
+        if self.monitor is not None:
             self.monitor.resume(self.batch_rows)
 
     def on_fit_end(self) -> None:
@@ -267,6 +266,9 @@ class BVPO(L.LightningModule):
         gradient is all there is."""
         if not (batch.trace.step_pairs and batch.empty.step_pairs):
             return [float(batch.trace.step_pairs > 0)] * len(self.gradients.groups)
+        return self._next_weights()
+
+    def _next_weights(self) -> list[float]:
         if self.monitor is not None:
             return self.monitor.weights(self.global_step)
         return [self.mixing.weight(self.global_step, None)] * len(self.gradients.groups)
@@ -317,8 +319,10 @@ class BVPO(L.LightningModule):
 
     def _log_step(self, metrics: dict[str, float], number: int) -> None:
         """Log once an optimizer step, on the number of steps taken before it: step 0 is the untrained policy."""
-        self.metrics = metrics | {"skipped_steps": float(self.skipped)}
-        if number % cast(Any, self.trainer).log_every_n_steps == 0:
+        # no cosine with a gradient of 0
+        there = {name: value for name, value in metrics.items() if not math.isnan(value)}
+        self.metrics = there | {"skipped_steps": float(self.skipped)}
+        if (every := cast(Any, self.trainer).log_every_n_steps) and number % every == 0:
             for logger in self.loggers:
                 logger.log_metrics(self.metrics, step=number)
 
@@ -332,8 +336,15 @@ class BVPO(L.LightningModule):
             self.passes.validation(self._validation, branch, cast(SequenceBatch, getattr(batch, branch)))
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self._validation.means())
-        self.log("step", float(self.global_step))  # the loggers' axis, else it counts microbatches
+        """For callbacks, and for the loggers, by optimizer steps: Lightning's own axis counts microbatches."""
+        means, alphas = self._validation.means(), self._next_weights()
+        trace, empty = (means.get(f"validation/loss/{branch}") for branch in BRANCHES)
+        if trace is not None and empty is not None:
+            means["validation/loss/mixed"] = empty + sum(alphas) / len(alphas) * (trace - empty)
+        self.log_dict(means, logger=False)
+        for logger in [] if self.trainer.sanity_checking else self.loggers:
+            logger.log_metrics({name: float(value) for name, value in means.items()}, step=self.global_step)
+            logger.save()
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -347,9 +358,10 @@ class BVPO(L.LightningModule):
         return state if self.lora is None else without_base(state, "policy.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises UserError where the checkpoint is of another model."""
-        found = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items() if k.startswith("policy.")}
-        expected = {k: tuple(v.shape) for k, v in self.state_dict().items() if k.startswith("policy.")}
+        """Leaves out statistics of other options. Raises UserError where the checkpoint is of another model."""
+        state, own = checkpoint["state_dict"], self.state_dict()
+        found = {k: tuple(v.shape) for k, v in state.items() if k.startswith("policy.")}
+        expected = {k: tuple(v.shape) for k, v in own.items() if k.startswith("policy.")}
         if found != expected:
             name = checkpoint.get("bvpo", {}).get("policy", "another model")
             differing = sum(found.get(key) != expected.get(key) for key in found.keys() | expected.keys())
@@ -358,6 +370,19 @@ class BVPO(L.LightningModule):
                 "Give the checkpoint's own policy with --model.policy, or another checkpoint"
             )
         self.skipped = checkpoint.get("bvpo", {}).get("skipped", 0)
+        if statistics_shapes(state) != statistics_shapes(own):
+            rank_zero_warn(
+                "the checkpoint's gradient statistics were kept with other options (model.mixing, model.sketch_size): "
+                "they are left out, and the window starts anew"
+            )
+            kept = {name: value for name, value in state.items() if not name.startswith("monitor.")}
+            checkpoint["state_dict"] = kept | {name: own[name] for name in statistics_shapes(own)}
+
+
+def statistics_shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the windows' tensors in a module's state; of prompts, whose number a unit grows, the units alone."""
+    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items() if name.startswith("monitor.")}
+    return {name: shape[:1] if name.endswith(".prompts") else shape for name, shape in shapes.items()}
 
 
 def check_trainer(trainer: L.Trainer) -> None:

@@ -33,8 +33,8 @@ class GradientMoments:
         gram: (E, E, M, M) float64 inner products.
         counts: (E, E, M) float64 rows of each unit: n_ab, that both estimators average over; n_a on the diagonal.
         prompts: (M, R) int64 prompt keys, −1 where a unit has fewer; None where all units have prompts of their own.
-        steps: (M,) int64 optimizer step of each unit: the jackknife leaves out a step at a time. None where each unit is a
-            step of its own.
+        steps: (M,) int64 optimizer step of each unit: the jackknife leaves out a step at a time. None where each unit
+            is a step of its own.
     """
 
     vectors: Tensor

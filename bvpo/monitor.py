@@ -192,7 +192,7 @@ def refusal(effective_size: float, half_difference: float) -> str:
 
 
 def window_metrics(moments: GradientMoments) -> dict[str, float]:
-    """Variances of one pair's gradients and their noise scales; where rows have one pair only, the pairs of a row."""
+    """Variances of one pair's gradients and their noise scales; the pairs of a row, where some rows have one only."""
     statistics = moments.statistics()
     values = {
         "variance/trace": statistics.covariance[TRACE, TRACE],

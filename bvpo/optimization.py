@@ -8,8 +8,9 @@ from typing import cast
 
 import torch
 import torch._functorch.config
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from bvpo import ranks
 from bvpo.errors import UserError
@@ -28,7 +29,38 @@ def adamw(name: str, parameters: Sequence[nn.Parameter], learning_rate: float, w
     return cast(Optimizer, AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay))
 
 
-def learning_rate_scale(step: int, total: int, warmup: int, schedule: str) -> float:
+def scheduled(optimizer: Optimizer, total: float, warmup: int, schedule: str) -> LambdaLR:
+    """The learning rate of each of a fit's `total` optimizer steps.
+
+    Raises:
+        UserError: The fit has no last step (`total` is inf) and the schedule would need one.
+    """
+    if math.isinf(total) and schedule != "constant":
+        raise UserError(
+            f"the {schedule} schedule ends at the fit's last optimizer step, and nothing says which that is: set "
+            "--trainer.max_steps or --trainer.max_epochs, or --model.schedule constant"
+        )
+    return LambdaLR(optimizer, lambda step: learning_rate_scale(step, total, warmup, schedule))
+
+
+def follow_options(scheduler: LambdaLR, learning_rate: float, weight_decay: float) -> None:
+    """Go on with these options where a checkpoint has brought back those that it was written with.
+
+    The learning rate is set to that of the scheduler's own step: where no option has changed, it is what it was, to
+    the bit.
+    """
+    groups = scheduler.optimizer.param_groups
+    scheduler.base_lrs = [  # torchao's are tensors
+        torch.full_like(group["lr"], learning_rate) if isinstance(group["lr"], Tensor) else learning_rate
+        for group in groups
+    ]
+    scale = [schedule(scheduler.last_epoch) for schedule in scheduler.lr_lambdas]
+    scheduler._last_lr = [peak * share for peak, share in zip(scheduler.base_lrs, scale, strict=True)]
+    for group, peak, share in zip(groups, scheduler.base_lrs, scale, strict=True):
+        group |= {"lr": peak * share, "initial_lr": peak, "weight_decay": weight_decay}
+
+
+def learning_rate_scale(step: int, total: float, warmup: int, schedule: str) -> float:
     """Learning rate over its peak at optimizer step `step` of `total`: a linear warm-up, then the schedule to 0."""
     if step < warmup:
         return (step + 1) / (warmup + 1)

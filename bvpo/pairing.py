@@ -11,10 +11,10 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from bvpo.errors import UserError
-from bvpo.traces import Mode, ThinkFormat, answer_of, join, split
+from bvpo.traces import MODES, Mode, ThinkFormat, answer_of, join, split
 
 Problem = Literal["cut", "think block", "unfinished trace", "no answer", "ids differ", "no score"]
 
@@ -52,7 +52,7 @@ class Response:
 
 
 def problem_of(
-    text: str, mode: Mode, finish_reason: str, same_ids: bool, think: ThinkFormat
+    text: str, mode: Mode, finish_reason: str, same_ids: bool, think: ThinkFormat, opened: bool
 ) -> tuple[Problem | None, str, str]:
     """Why a completion without its stop token may not enter a pair, if it may not; its trace and its answer.
 
@@ -60,12 +60,13 @@ def problem_of(
 
     Args:
         same_ids: Whether the text is tokenized into the ids that were sampled: what is trained on is what was sampled.
+        opened: Whether the prompt ends in the open tag. Formats may leave this to the template.
     """
     answer = answer_of(text, mode, think)
     trace = split(text, think).trace if mode == "thinking" else ""
     if finish_reason == "length":
         return "cut", trace, answer or ""
-    if text.lstrip().startswith(think.open) and (mode == "no_thinking" or think.prompt_opens):
+    if text.lstrip().startswith(think.open) and (mode == "no_thinking" or opened):
         return "think block", trace, answer or ""
     if answer is None:
         return "unfinished trace", trace, ""
@@ -75,7 +76,13 @@ def problem_of(
 
 
 class PairSource(ABC):
-    """What `--pairs` takes: makes a pair of one mode's responses to a prompt. Subclasses are frozen dataclasses."""
+    """What `--pairs` takes: makes a pair of one mode's responses to a prompt. Subclasses are frozen dataclasses.
+
+    Attributes:
+        of_two: The modes whose pair is of two different responses, so that one response, or greedy ones, give none.
+    """
+
+    of_two: ClassVar[tuple[Mode, ...]] = ()
 
     @abstractmethod
     def pair(self, responses: Sequence[Response], mode: Mode, think: ThinkFormat, seed: int) -> tuple[str, str] | str:
@@ -89,6 +96,8 @@ class BestWorst(PairSource):
     Only complete responses with a score are looked at. The choice sees scores of answers alone, so traces stay samples
     of π_ref(r|x, y).
     """
+
+    of_two: ClassVar[tuple[Mode, ...]] = MODES
 
     def pair(self, responses: Sequence[Response], mode: Mode, think: ThinkFormat, seed: int) -> tuple[str, str] | str:
         usable = [r for r in responses if r.problem is None and r.score is not None]
@@ -113,6 +122,7 @@ class CorruptedDigits(PairSource):
         fraction: Of the trace's digits that are replaced, at least one.
     """
 
+    of_two: ClassVar[tuple[Mode, ...]] = ("no_thinking",)
     fraction: float = 0.3
 
     def __post_init__(self) -> None:

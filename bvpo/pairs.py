@@ -1,8 +1,9 @@
 """Rows → token ids. What a model is trained on are the ids that it was sampled with.
 
 A row gives one prompt with four completions: chosen and rejected, with a trace and with the empty trace. Prompt and
-completion are tokenized apart, each once: together, a token could span their border. Masks come from lengths, never
-from the pad token, which is also the EOS in some families.
+completion are tokenized apart: together, a token could span their border. Only where a tokenizer puts a space in front
+of every text (SentencePiece), a completion's ids are those that it has behind its prompt. Masks come from lengths,
+never from the pad token, which is also the EOS in some families.
 
 A row that cannot be trained on is refused, or by `RowOptions` dropped or cut, and then counted.
 """
@@ -13,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from bvpo import __version__
 from bvpo.batches import BRANCHES, PREFIX, has_branch
 from bvpo.errors import UserError
-from bvpo.reading import TEXT_COLUMNS
+from bvpo.reading import TEXT_COLUMNS, cache_errors
 from bvpo.reading import load_rows as load_rows  # both halves of the way from a file to ids, under one name
 from bvpo.rows import check_row, prefixes_without_prompt, to_text, without_stop
 from bvpo.selection import SEQUENCES, RowOptions, select_rows
@@ -55,20 +57,45 @@ ANCHOR_COLUMNS = {
     "anchor_rejected": datasets.List(IDS),
 }
 LARGE = 5_000  # rows from which on further processes earn their start
-CODE = hashlib.sha256(  # what made a cached row: another code makes it anew
-    b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("batches", "pairs", "rows", "traces"))
-).hexdigest()
+SOURCES = ("batches", "pairs", "reading", "rows", "traces")  # what made a cached row: another code makes it anew
+CODE = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in SOURCES)).hexdigest()
+NEIGHBOURS = ("\n", ".")  # texts that most others can stand behind without a token across the border
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids that generation starts from: BOS exactly once where generation has one, and never an EOS."""
-    ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+    ids = _ids(tokenizer, text)
     bos = cast(int, tokenizer.bos_token_id)
     return [bos, *ids] if starts_with_bos(tokenizer) and ids[:1] != [bos] else ids
 
 
-def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a completion, with nothing added: the text itself ends in the EOS."""
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, prompt: str = NEIGHBOURS[0]) -> list[int]:
+    """The ids of a completion, with nothing added: the text itself ends in the EOS.
+
+    Args:
+        prompt: The text in front of it. It matters only to tokenizers that put a space, which nobody wrote, in front of
+            what they are given.
+    """
+    if adds_space(tokenizer):
+        for before in (prompt, *NEIGHBOURS):
+            if ids := _ids_behind(tokenizer, before, text):
+                return ids
+    return _ids(tokenizer, text)
+
+
+@lru_cache(maxsize=8)
+def adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text has other ids alone than behind another: `▁a` and `a`, as SentencePiece has it by default."""
+    return any(_ids_behind(tokenizer, before, "a") not in ([], _ids(tokenizer, "a")) for before in NEIGHBOURS)
+
+
+def _ids_behind(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
+    """The ids of a text behind another one; [] where a token lies across their border."""
+    head, whole = _ids(tokenizer, before), _ids(tokenizer, before + text)
+    return whole[len(head) :] if whole[: len(head)] == head else []
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
@@ -79,7 +106,7 @@ def tokenize_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
         if has_branch(row, branch):
             prompt, *sides = (PREFIX[branch] + name for name in ("prompt", "chosen", "rejected"))
             tokenized[prompt] = encode_prompt(tokenizer, row[prompt])
-            tokenized |= {side: encode_completion(tokenizer, row[side]) for side in sides}
+            tokenized |= {side: encode_completion(tokenizer, row[side], row[prompt]) for side in sides}
     tokenized["prompt_key"] = prompt_key(str(row.get("prompt_id") or row.get("prompt") or row["empty_prompt"]))
     return tokenized
 
@@ -106,19 +133,21 @@ def tokenize_anchors(
     if not candidates:
         raise UserError(f"{where}: the marginal anchor needs anchor_traces (or trace_candidates), and the row has none")
     anchors: dict[str, Any] = {"anchor_log_q": [float(c["logprob"]) for c in candidates] if drawn is not None else []}
+    prompt = row["prompt"]
     for side in ("chosen", "rejected"):
         own = split(row[side], think)
-        whole = encode_completion(tokenizer, row[side])
-        head = encode_completion(tokenizer, join(replace(own, answer=""), think))
+        whole = encode_completion(tokenizer, row[side], prompt)
+        head = encode_completion(tokenizer, join(replace(own, answer=""), think), prompt)
         if not own.closed or whole[: len(head)] != head:
             raise UserError(
                 f"{where}: field {side}: the trace's end is no border between tokens, so no anchor is possible"
             )
         answer = whole[len(head) :]
         wanted = answer_of(without_stop(row[side], stops or own_stops(tokenizer)), "thinking", think)
-        traces = [c["trace"] for c in candidates if drawn is not None or c["answer"].strip() == wanted]
-        heads = [join(Response(trace, "", own.opened, closed=True), think) for trace in traces or [own.trace]]
-        anchors[f"anchor_{side}"] = [encode_completion(tokenizer, text) + answer for text in heads]
+        same = [c for c in candidates if drawn is not None or (c.get("answer") or "").strip() == wanted]
+        traces = [c["trace"] for c in same if c.get("trace") is not None]
+        heads = [join(replace(own, trace=trace, answer=""), think) for trace in traces or [own.trace]]
+        anchors[f"anchor_{side}"] = [encode_completion(tokenizer, text, prompt) + answer for text in heads]
     return anchors
 
 
@@ -134,7 +163,7 @@ def tokenize_rows(
     options: RowOptions = RowOptions(),
 ) -> datasets.Dataset:
     """Check and tokenize every row, cached by content; then refuse or drop, and count, what is bad or too long."""
-    if "template_sha" in rows.column_names and tokenizer.chat_template:
+    if isinstance(rows.features.get("template_sha"), datasets.Value) and tokenizer.chat_template:
         try:
             if set(rows.unique("template_sha")) - {None, template_fingerprint(tokenizer)}:
                 check_template(rows["template_sha"], tokenizer, source)
@@ -151,17 +180,18 @@ def prepare_rows(
     if not options.stops:
         options = replace(options, stops=own_stops(tokenizer))
     key = json.dumps([rows._fingerprint, fingerprint(tokenizer), CODE, __version__, options.content])
-    return rows.map(
-        prepare_row,
-        with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "source": source, "options": options},
-        remove_columns=rows.column_names,
-        features=datasets.Features(COLUMNS | (ANCHOR_COLUMNS if options.anchors else {})),
-        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-        num_proc=options.workers if options.workers > 1 and len(rows) >= LARGE else None,
-        writer_batch_size=100,  # rows held in memory, each of up to some hundred thousand ids
-        desc=f"tokenizing {source}",
-    )
+    with cache_errors(source):
+        return rows.map(
+            prepare_row,
+            with_indices=True,
+            fn_kwargs={"tokenizer": tokenizer, "source": source, "options": options},
+            remove_columns=rows.column_names,
+            features=datasets.Features(COLUMNS | (ANCHOR_COLUMNS if options.anchors else {})),
+            new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
+            num_proc=options.workers if options.workers > 1 and len(rows) >= LARGE else None,
+            writer_batch_size=100,  # rows held in memory, each of up to some hundred thousand ids
+            desc=f"tokenizing {source}",
+        )
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -261,7 +291,8 @@ def shorten(
             spare = len(tokenized[prompt]) - first - 1
             ids, column, at = tokenized[prompt], prompt, first
         else:
-            start, end = _trace_span(tokenized[completion], text[completion], tokenizer, options.think)
+            own = split(text[completion], options.think)
+            start, end = _trace_span(tokenized[completion], own, text[prompt], tokenizer, options.think)
             spare, ids, column, at = end - start - 1, tokenized[completion], completion, end - excess
         if excess > spare:
             raise UserError(
@@ -274,12 +305,11 @@ def shorten(
 
 
 def _trace_span(
-    ids: list[int], completion: str, tokenizer: PreTrainedTokenizerBase, think: ThinkFormat
+    ids: list[int], own: Response, prompt: str, tokenizer: PreTrainedTokenizerBase, think: ThinkFormat
 ) -> tuple[int, int]:
     """Where a trace's tokens begin and end; (0, 0) where there is none, or its ends are no borders between tokens."""
-    own = split(completion, think)
     heads = [join(replace(own, trace=trace, answer="", closed=False), think) for trace in ("", own.trace)]
-    opening, whole = (encode_completion(tokenizer, head) for head in heads)
+    opening, whole = (encode_completion(tokenizer, head, prompt) for head in heads)
     if not own.closed or ids[: len(opening)] != opening or ids[: len(whole)] != whole:
         return 0, 0
     return len(opening), len(whole)

@@ -54,7 +54,7 @@ class Passes:
         if not any(weights) and not self.gradients.sketching:
             return
         step.computed.add(branch)
-        parts = sequences.cut(self.max_tokens) if sequences.pairs else []
+        parts = sequences.cut(self.max_tokens)
         with self.gradients.collecting(weights) as sketch:
             for part, counted in in_step(self.policy, parts):
                 policy, reference = sequence_logps(self.policy, part), self.reference.logps(part)
@@ -66,7 +66,7 @@ class Passes:
 
     def validation(self, record: ValidationRecord, branch: Branch, sequences: SequenceBatch) -> None:
         """One branch's log values on rows that are not trained on."""
-        for part, counted in in_step(self.policy, [sequences] if sequences.pairs else []):
+        for part, counted in in_step(self.policy, sequences.cut(self.max_tokens)):
             policy, reference = sequence_logps(self.policy, part), self.reference.logps(part)
             losses = self.loss(policy, reference)
             if counted:
@@ -79,12 +79,7 @@ class Passes:
         without a graph; then at most as many sequences as a branch has are taken through the model at a time.
         """
         anchors, width = batch.anchors, len(batch.trace.lengths)
-        parts: list[slice] = []
-        if anchors is not None:  # some row of this microbatch has a trace pair
-            size = width
-            if self.max_tokens is not None:
-                size = min(width, max(1, self.max_tokens // anchors.sequences.input_ids.shape[1]))
-            parts = [slice(first, first + size) for first in range(0, len(anchors.completion), size)]
+        parts = anchors.cuts(width, self.max_tokens) if anchors else []  # none where no row has a trace pair
         sequences = in_step(self.policy, [anchors.sequences.part(part) for part in parts] if anchors else [])
         with torch.no_grad():
             policy = [completion_logps(self.policy, part) for part, _ in sequences][: len(parts)]
@@ -125,7 +120,7 @@ class Passes:
         sketches = []
         for drawn in draws:
             own = [drawn[row] for row in rows] + [drawn[width // 2 + row] for row in rows]
-            parts = [anchors.sequences.part(own)] if anchors is not None and rows else []
+            parts = anchors.sequences.part(own).cut(self.max_tokens) if anchors is not None and rows else []
             with self.gradients.collecting([0.0] * len(step.weights)) as sketch:
                 for part, counted in in_step(self.policy, parts):
                     losses = self.loss(sequence_logps(self.policy, part), self.reference.logps(part))

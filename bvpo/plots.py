@@ -32,7 +32,7 @@ def plot_variance(run: Run) -> Figure:
         "Variance of one optimizer batch's gradient", f"trΣ / B, summed over parameters, B = {run.batch_size}"
     )
     for name in ("trace", "empty"):
-        axes.plot(run.log.index, run.series(f"variance/{name}") / run.batch_size, color=OF[name], label=NAMES[name])
+        axes.plot(run.log.index, run.batch_variance(name), color=OF[name], label=NAMES[name])
     axes.plot(run.log.index, run.series("variance/mixed"), color=OF["mixed"], label="mixed gradient, at the α in use")
     axes.set_ylim(bottom=0)
     return finish(axes)
@@ -42,7 +42,7 @@ def plot_noise_scale(run: Run) -> Figure:
     """trΣ/‖E g‖² of both gradients beside the optimizer batch; a gap where the estimate of ‖E g‖² is not positive."""
     axes = make_axes("Noise scale", "trΣ / ‖E g‖², rows")
     for name in ("trace", "empty"):
-        scale = run.series(f"gradient/noise_scale_{name}")
+        scale = run.series(f"gradient/noise_scale_{name}") * run.overlap()[name]  # pairs → rows
         axes.plot(run.log.index, scale.where(scale > 0), color=OF[name], label=NAMES[name])
     axes.axhline(run.batch_size, color="0.4", linestyle="--", label=f"optimizer batch, {run.batch_size} rows")
     axes.set_yscale("log")
@@ -67,14 +67,14 @@ def plot_trace_variance(run: Run) -> Figure:
     if not run.logged(key):
         return _absent(title, f"{key} is not in this log:\nit needs --model.mixing.anchor marginal")
     axes = make_axes(title, f"trΣ / B, summed over parameters, B = {run.batch_size}")
-    own = run.series(key) / run.batch_size
+    own = run.batch_variance("trace", key)
     mean = running_mean(own, max(run.window, 1), run.series("anchor/conditional_rows"))
     alpha_sq = run.series("mixing/alpha").reindex(mean.index) ** 2
     axes.plot(own.index, own, ".", color=OF["trace"], alpha=0.4)
     _line_with_error(axes, mean, OF["trace"], "trace gradient: measured, mean ± standard error")
     mixed = mean.mul(alpha_sq, axis=0)
     _line_with_error(axes, mixed, OF["mixed"], "mixed gradient: α² of it, by Theorem 1", "--")
-    total = run.series("variance/trace") / run.batch_size
+    total = run.batch_variance("trace")
     axes.plot(total.index, total, ":", color=OF["trace"], label="trace gradient: of all causes")
     axes.set_ylim(bottom=0)
     return finish(axes)
@@ -104,15 +104,15 @@ def plot_batch_sizes(run: Run) -> Figure:
     title, terms = "Weight of least error for other optimizer batches", last_error_terms(run)
     if terms is None:
         return _absent(title, "the log has no terms of the error:\nthey need --model.mixing.anchor trace and a window")
-    axes = make_axes(title, "α̂, at the last step", "optimizer batch, rows")
+    step = run.series("mixing/alpha_estimate").last_valid_index()
+    axes = make_axes(title, f"α̂, after step {step}", "optimizer batch, rows")
     sizes = [2.0**k for k in range(15)]
     axes.plot(sizes, [float(optimal_alpha(*terms.values(), size)) for size in sizes], color=COLORS[0])
-    estimate, interval = run.series("mixing/alpha_estimate").dropna().iloc[-1], alpha_interval(run).dropna()
+    estimate, interval = run.series("mixing/alpha_estimate")[step], alpha_interval(run).loc[step]
     label = f"B = {run.batch_size}: α̂ = {estimate:.2f}"
     axes.plot([run.batch_size], [estimate], "o", color="black", label=label)
-    if len(interval):
-        low, high = interval.iloc[-1]
-        axes.plot([run.batch_size] * 2, [low, high], color="black", label="95% interval")
+    if interval.notna().all():
+        axes.plot([run.batch_size] * 2, interval, color="black", label="95% interval")
     axes.set_xscale("log", base=2)
     axes.set_ylim(0, 1)
     return finish(axes)
@@ -196,7 +196,8 @@ def _points(
     fixed = (own.count(axis=1) > 1) & (own.nunique(axis=1) == 1)  # one seed cannot tell
     for cell in cells.index:
         place, mean, low, high = places["mean"][cell], *(cells[name][cell] for name in ("mean", "low", "high"))
-        axes.plot(own.loc[cell], y.loc[cell], ".", color=color, alpha=0.3)
+        both = pd.DataFrame({"x": own.loc[cell], "y": y.loc[cell]}).dropna()  # a seed may have one of the metrics only
+        axes.plot(both["x"], both["y"], ".", color=color, alpha=0.3)
         axes.plot([place], [mean], "o", color=color)
         axes.plot([place, place], [low, high], color=color)
         if not fixed[cell]:

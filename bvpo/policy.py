@@ -32,6 +32,8 @@ from bvpo.slices import is_sharded
 
 BUILTIN = {"builtin:tiny_reasoner": Path(__file__).parent / "assets" / "tiny_reasoner"}
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+# what the libraries raise at files that are not what they take them for, and where a package is missing
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, ImportError, StrictDataclassError, SafetensorError)
 
 
 def resolve_model(name: str) -> str:
@@ -61,7 +63,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a policy. Raises UserError where it cannot be loaded."""
     try:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(resolve_model(name)))
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except UNREADABLE as error:
         raise _cannot_load(name, "tokenizer", error) from error
 
 
@@ -69,7 +71,7 @@ def context_length(name: str) -> int | None:
     """Positions that a model has, by its configuration; None where that does not say. Raises UserError as others do."""
     try:
         config = AutoConfig.from_pretrained(resolve_model(name))
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except UNREADABLE as error:
         raise _cannot_load(name, "configuration", error) from error
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -78,11 +80,12 @@ def stop_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...
     """The texts that end a model's completions: the tokenizer's EOS, then those of the generation config."""
     stops = [tokenizer.eos_token_id]
     try:
-        ids = GenerationConfig.from_pretrained(resolve_model(name)).eos_token_id or []
-        stops += ids if isinstance(ids, list) else [ids]
-    except (OSError, ValueError, StrictDataclassError):  # a model need not have one
+        named = GenerationConfig.from_pretrained(resolve_model(name)).eos_token_id or []
+        stops += named if isinstance(named, list) else [named]
+    except UNREADABLE:  # a model need not have one
         pass
-    texts = tokenizer.convert_ids_to_tokens([cast(int, token) for token in stops if token is not None])
+    ids = [token for token in stops if isinstance(token, int) and token >= 0]  # −1 stands for none
+    texts = tokenizer.convert_ids_to_tokens(ids)
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
@@ -93,12 +96,13 @@ def load_policy(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
         model, loading = cast(Any, AutoModelForCausalLM).from_pretrained(
             resolve_model(name), config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise _cannot_load(name, "model", error) from error
     unfilled = sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])])
     if unfilled:  # transformers has filled them with random numbers
         raise UserError(f"{name}: {len(unfilled)} tensors are missing or of another shape, the first is {unfilled[0]}")
     model.train()
+    _turn_noise_off(model)
     return cast(PreTrainedModel, model)
 
 
@@ -106,9 +110,10 @@ def empty_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     """The same with its parameters not filled in. Raises UserError where its configuration cannot be loaded."""
     try:
         model = cast(Any, AutoModelForCausalLM).from_config(_config(name), dtype=dtype)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except UNREADABLE as error:
         raise _cannot_load(name, "configuration", error) from error
     model.train()
+    _turn_noise_off(model)
     return cast(PreTrainedModel, model)
 
 
@@ -122,6 +127,10 @@ def _cannot_load(name: str, part: str, error: Exception) -> UserError:
     if isinstance(error, UserError):
         return error
     cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, TypeError | KeyError):
+        cause = f"{type(error).__name__}: {cause}; its files do not hold what they should, was it copied completely?"
+    if isinstance(error, ImportError) and "quantization" in cause:
+        cause = f"{cause}. Quantized weights cannot be trained: give the model that they were made from"
     return UserError(f"{name}: the {part} cannot be loaded: {cause}")
 
 
@@ -132,6 +141,20 @@ def _turn_dropout_off(config: Any) -> None:
             setattr(config, key, 0.0)
         elif hasattr(value, "to_dict"):
             _turn_dropout_off(value)
+
+
+def _turn_noise_off(model: nn.Module) -> None:
+    """Routers with jitter, which choose experts at random in training, choose as they do when the model is sampled.
+
+    Their jitter is left as it is configured: Phi-MoE's is also the width of what it takes for a tie, outside training.
+    """
+    for module in model.modules():
+        if any("jitter" in name for name in vars(module)):
+            module.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(module: nn.Module, _: Any) -> None:
+    module.training = False
 
 
 def sequence_logps(model: nn.Module, batch: SequenceBatch) -> PairLogps:

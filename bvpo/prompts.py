@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from bvpo.errors import UserError
 from bvpo.reading import read_records
 from bvpo.tasks import draw_questions
-from bvpo.traces import Conversation, check_conversation
+from bvpo.traces import Conversation, check_conversation, check_text
 
 TASKS = "builtin:tasks"
 MESSAGES = ("conversation", "messages", "prompt", "chosen")  # chosen: UltraFeedback's conversations hold an answer
@@ -94,8 +96,16 @@ def prompt_of(row: Mapping[str, Any], where: str, reference: str | None = None) 
         raise UserError(f"{where}: no column {reference}; it has {', '.join(row)}")
     answers = [row[name] for name in ([reference] if reference else REFERENCES) if row.get(name) is not None]
     name = next((row[name] for name in ("prompt_id", "id") if row.get(name) not in (None, "")), None)
+    check_text(str(name), f"{where}, prompt_id")
     digest = hashlib.sha256(json.dumps(conversation, sort_keys=True).encode()).hexdigest()[:16]
     return Prompt(digest if name is None else str(name), conversation, str(answers[0]) if answers else None)
+
+
+def dated(template: Any, date: datetime) -> Any:
+    """A chat template that writes this date where it asks for today's: going on tomorrow asks the same prompts."""
+    if not isinstance(template, str):
+        return template
+    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(date.strftime(call[2])), template)
 
 
 def _conversation(row: Mapping[str, Any], where: str) -> Conversation:

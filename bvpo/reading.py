@@ -5,9 +5,11 @@ A source that cannot be read is refused whole, in one line. A row that does not 
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any, cast
@@ -40,12 +42,14 @@ OPTIONAL_COLUMNS = {
     "all_rm_scores": datasets.List(NUMBER),
 }
 STRUCTURE = {
+    "conversation": "a list of messages",
     "trace_candidates": "objects with trace, answer, score and finish_reason",
     "empty_candidates": "objects with trace, answer, score and finish_reason",
     "anchor_traces": "objects with trace and logprob",
     "all_generated_responses": "a list of texts",
     "all_rm_scores": "a list of numbers",
 }
+CANNOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 
 
 def read_records(source: str) -> Iterator[dict[str, Any]]:
@@ -85,16 +89,44 @@ def _open(source: str) -> datasets.Dataset:
     _check_file(path, source)
     kind = "Parquet" if path.suffix == ".parquet" else "JSON"
     try:
-        if kind == "JSON":
-            return _read_json(path, source)
-        options: dict[str, Any] = {"data_files": str(path), "batch_size": 1000}  # else a whole row group is in memory
-        return cast(datasets.Dataset, datasets.load_dataset("parquet", split="train", **options))
+        content = _content(path)
+        with cache_errors(source):
+            return _read_json(path, source, content) if kind == "JSON" else _read_parquet(path, content)
     except Exception as error:  # datasets raises whatever its reader or Arrow raises
-        if isinstance(root := error.__cause__ or error, UserError):
+        root = error if isinstance(error, UserError) else error.__cause__ or error
+        if isinstance(root, UserError):
             raise root from None
         if "corresponds to no data" in str(error):
             raise UserError(f"{source}: no rows; expected one row a prompt") from error
         raise UserError(f"{source}: cannot be read as {kind}: {first_line(root)}") from error
+
+
+def _content(path: Path) -> str:
+    """SHA-256 of a file: what its rows are cached by."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def cache_errors(source: str) -> Iterator[None]:
+    """Raises UserError where the rows of a source cannot be written to the cache."""
+    try:
+        yield
+    except Exception as error:
+        root = error.__cause__ or error
+        if not isinstance(root, OSError) or root.errno not in CANNOT_WRITE:
+            raise
+        folder = datasets.config.HF_DATASETS_CACHE
+        raise UserError(
+            f"{source}: its rows cannot be cached in {folder}: {root.strerror}; set HF_DATASETS_CACHE to a folder that "
+            "can be written and has room"
+        ) from error
+
+
+def _read_parquet(path: Path, content: str) -> datasets.Dataset:
+    """A Parquet file's rows. `datasets` takes its date for its content: the name of the configuration says better."""
+    options: dict[str, Any] = {"data_files": str(path), "batch_size": 1000}  # else a whole row group is in memory
+    return cast(datasets.Dataset, datasets.load_dataset("parquet", name=content, split="train", **options))
 
 
 def _open_hub(source: str) -> datasets.Dataset:
@@ -146,23 +178,30 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _read_json(path: Path, source: str) -> datasets.Dataset:
+def _read_json(path: Path, source: str, content: str) -> datasets.Dataset:
     """A JSON file's rows, converted to Arrow row by row: memory is bounded, and each error has its row."""
-    kinds = dict.fromkeys(TEXT_COLUMNS, TEXT) | OPTIONAL_COLUMNS
-    first = next((row for row in _json_values(path, source) if isinstance(row, dict)), {})
-    kinds |= {name: MESSAGES for name in TEXT_COLUMNS if first.get(name) and isinstance(first[name], list)}
-    with path.open("rb") as file:
-        stamp = file_digest(file, "sha256")
-    stamp.update(Path(__file__).read_bytes())
+    kinds = OPTIONAL_COLUMNS | _text_kinds(path, source)
     rows = datasets.Dataset.from_generator(
         json_rows,
         features=datasets.Features(kinds | {PROBLEM: TEXT}),
-        gen_kwargs={"path": str(path), "source": source, "kinds": kinds, "stamp": stamp.hexdigest()},
+        gen_kwargs={"path": str(path), "source": source, "kinds": kinds, "stamp": content + _content(Path(__file__))},
     )
     absent = [name for name in rows.column_names if rows.data.column(name).null_count == len(rows)]
     if len(absent) == len(rows.column_names):
         absent.remove(PROBLEM)  # a data set without columns has no rows
     return rows.remove_columns(absent)
+
+
+def _text_kinds(path: Path, source: str) -> dict[str, Any]:
+    """Whether each of the six columns holds text or messages: as its first value has it, in whichever row that is."""
+    kinds: dict[str, Any] = {}
+    for row in _json_values(path, source):
+        for name in set(TEXT_COLUMNS) - kinds.keys() if isinstance(row, dict) else ():
+            if (value := row.get(name)) and isinstance(value, str | list):
+                kinds[name] = TEXT if isinstance(value, str) else MESSAGES
+        if len(kinds) == len(TEXT_COLUMNS):
+            break
+    return dict.fromkeys(TEXT_COLUMNS, TEXT) | kinds
 
 
 def json_rows(path: str, source: str, kinds: Mapping[str, Any], stamp: str) -> Iterator[dict[str, Any]]:
@@ -175,8 +214,7 @@ def json_rows(path: str, source: str, kinds: Mapping[str, Any], stamp: str) -> I
         if not isinstance(value, dict):
             row[PROBLEM] = f"expected an object with named fields, found {describe(value)}"
             value = dict.fromkeys(TEXT_COLUMNS)
-        if isinstance(value.get("prompt_id"), int):
-            value["prompt_id"] = str(value["prompt_id"])
+        value["prompt_id"] = number_as_text(value.get("prompt_id"))
         for name, kind in kinds.items():
             row[name] = None
             try:
@@ -199,7 +237,9 @@ def _json_values(path: Path, source: str) -> Iterator[Any]:
             raise UserError(f"{source}: cannot be read as JSON: expected text in UTF-8, found UTF-16 or binary data")
         bom = 3 if head[:3] == b"\xef\xbb\xbf" else 0
         file.seek(bom)
-        if file.read(1) == b"[":
+        while (first := file.read(1)).isspace():
+            pass
+        if first == b"[":
             file.seek(bom)
             try:
                 yield from json.loads(file.read())
@@ -225,6 +265,13 @@ def _json_values(path: Path, source: str) -> Iterator[Any]:
             yield value
 
 
+def number_as_text(value: Any) -> Any:
+    """A whole number as text, so that a `prompt_id` of 7, 7.0 and "7" is one; anything else as it is."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, int) else value
+
+
 def conform(value: Any, kind: Any) -> Any:
     """The part of a JSON value that a column of this kind holds. Raises ValueError with what was found instead."""
     if value is None:
@@ -236,8 +283,13 @@ def conform(value: Any, kind: Any) -> Any:
             raise ValueError("text with half a surrogate pair, which is no character") from None
         return value
     if kind == NUMBER and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError("an integer beyond every float") from None
     if isinstance(kind, datasets.List) and isinstance(value, list):
+        if isinstance(kind.feature, dict) and None in value:
+            raise ValueError("null in the list")
         return [conform(item, kind.feature) for item in value]
     if isinstance(kind, dict) and isinstance(value, dict):
         return {name: conform(value.get(name), own) for name, own in kind.items()}

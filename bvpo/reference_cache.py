@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from bvpo import ranks
@@ -28,7 +28,7 @@ from bvpo.policy import completion_logps, in_step
 from bvpo.slices import is_sharded, local
 
 ROWS_A_FILE = 1000
-SAMPLED = 4096  # elements of each tensor that enter the fingerprint of the weights
+IRRELEVANT = {"dtype", "torch_dtype", "transformers_version"}  # of a configuration, or known from elsewhere
 FEATURES = {
     "reference_trace": datasets.List(datasets.Value("float64")),  # chosen, rejected
     "reference_empty": datasets.List(datasets.Value("float64")),
@@ -38,19 +38,28 @@ Values = dict[str, list[float]]  # of one row, by the columns of `FEATURES`
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A hash of names, shapes and dtypes of all parameters, and of up to 4,096 elements of each, evenly spaced.
+    """A hash of all that a model's values follow from: its configuration, where it has one, and the names, shapes,
+    dtypes and bytes of all parameters and saved buffers.
 
     Of each slice of its own, where the model is sharded.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = local(parameter.detach()).flatten()
-        sample = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous().view(torch.uint8)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
+    config = getattr(model, "config", None)
+    facts = None if config is None else _relevant(config.to_diff_dict())
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(local(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     if is_sharded(model):
         return " ".join(ranks.gather_objects(digest.hexdigest()))
     return digest.hexdigest()
+
+
+def _relevant(facts: Any) -> Any:
+    """A configuration without what no value follows from: names of files, versions, what attention is computed by."""
+    if not isinstance(facts, dict):
+        return facts
+    kept = {str(key): _relevant(value) for key, value in facts.items()}
+    return {key: value for key, value in kept.items() if key not in IRRELEVANT and not key.startswith("_")}
 
 
 class ReferenceCache:
@@ -80,6 +89,7 @@ class ReferenceCache:
         self,
         model: nn.Module,
         batch_size: int,
+        max_tokens: int | None,
         pad_token_id: int,
         move: Callable[[PairBatch], PairBatch],
         context: Callable[[], AbstractContextManager[Any]],
@@ -90,6 +100,7 @@ class ReferenceCache:
         Args:
             model: The reference, on its device.
             batch_size: Rows taken through the model at once.
+            max_tokens: Tokens, padding included, that go through it at once; a batch with more is taken in parts.
             move: Brings a batch to that device.
             context: The precision that the trainer computes in.
             progress: The progress bar's label; None shows no bar.
@@ -110,7 +121,7 @@ class ReferenceCache:
                 for batch_rows in self._batches(indices, batch_size, together):
                     rows = [self.rows[index] for index in batch_rows]
                     with torch.no_grad(), context():
-                        found = row_values(model, rows, move(collate(rows, pad_token_id)))
+                        found = row_values(model, rows, move(collate(rows, pad_token_id)), max_tokens)
                     values.update(zip(batch_rows, found, strict=True))
                     bar.update(len(rows))
                 if together:
@@ -158,8 +169,8 @@ class ReferenceCache:
         return datasets.concatenate_datasets([self.rows, values], axis=1)
 
 
-def row_values(model: nn.Module, rows: list[dict[str, Any]], batch: PairBatch) -> list[Values]:
-    """The values for the rows of one batch."""
+def row_values(model: nn.Module, rows: list[dict[str, Any]], batch: PairBatch, max_tokens: int | None) -> list[Values]:
+    """The values for the rows of one batch, at most `max_tokens` tokens, or a pair, at a time."""
     values: list[Values] = [{name: [] for name in FEATURES} for _ in rows]
     branches = [
         (name, column, sequences)
@@ -169,17 +180,22 @@ def row_values(model: nn.Module, rows: list[dict[str, Any]], batch: PairBatch) -
         )
         if sequences.pairs
     ]
-    parts = [sequences for *_, sequences in branches]
+    cuts = [sequences.cuts(max_tokens) for *_, sequences in branches]
+    parts = [sequences.part(cut) for (*_, sequences), own in zip(branches, cuts, strict=True) for cut in own]
+    of_anchors: list[slice] = []
     if batch.anchors is not None:
-        width, total = max(len(batch.trace.lengths), 1), len(batch.anchors.completion)
-        parts += [batch.anchors.sequences.part(slice(start, start + width)) for start in range(0, total, width)]
-    found: list[Tensor] = [completion_logps(model, part).double().cpu() for part, _ in in_step(model, parts)]
-    for (name, column, _), logps in zip(branches, found, strict=False):
+        of_anchors = batch.anchors.cuts(max(len(batch.trace.lengths), 1), max_tokens)
+        parts += [batch.anchors.sequences.part(cut) for cut in of_anchors]
+    found = iter([completion_logps(model, part).double().cpu() for part, _ in in_step(model, parts)])
+    for (name, column, sequences), own_cuts in zip(branches, cuts, strict=True):
+        logps = torch.empty(2 * sequences.pairs, dtype=torch.float64)
+        for cut in own_cuts:
+            logps[cut] = next(found)
         own = [value for value, row in zip(values, rows, strict=True) if row[column]]
         for value, *pair in zip(own, *(side.tolist() for side in logps.chunk(2)), strict=True):
             value[name] = pair
     if batch.anchors is not None:
-        logps = torch.cat(found[len(branches) : len(parts)])
+        logps = torch.cat([next(found) for _ in of_anchors])
         own = [value for value, row in zip(values, rows, strict=True) if row["chosen"]]
         for completion, logp in zip(batch.anchors.completion.tolist(), logps.tolist(), strict=True):
             own[completion % len(own)]["reference_anchors"].append(logp)  # chosen ones come first

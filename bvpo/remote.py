@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from bvpo.errors import UserError
 
 T = TypeVar("T")
+LONGEST = 1e8  # seconds; the operating system takes no timeout of much more
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Patience:
         longest_delay: Seconds between two attempts, at most.
         connect: Seconds for a connection.
         answer: Seconds from a request to the last byte of its answer.
+
+    Raises:
+        UserError: One of these is no number of attempts, or no time.
     """
 
     attempts: int = 50
@@ -43,9 +47,29 @@ class Patience:
     connect: float = 10.0
     answer: float = 1800.0
 
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise UserError(f"patience.attempts must be ≥ 1, got {self.attempts}")
+        if not self.seconds >= 0:
+            raise UserError(f"patience.seconds must be ≥ 0, got {self.seconds}")
+        for name in ("first_delay", "longest_delay"):
+            if not 0 <= getattr(self, name) <= LONGEST:
+                raise UserError(f"patience.{name} must be ≥ 0 and ≤ {LONGEST:g} seconds, got {getattr(self, name)}")
+        for name in ("connect", "answer"):
+            if not 0 < getattr(self, name) <= LONGEST:
+                raise UserError(f"patience.{name} must be > 0 and ≤ {LONGEST:g} seconds, got {getattr(self, name)}")
+
 
 class Fault(Exception):
-    """What the next attempt may not meet again."""
+    """What the next attempt may not meet again.
+
+    Attributes:
+        delay: Seconds before the next attempt that the server has asked for.
+    """
+
+    def __init__(self, message: str, delay: float = 0.0) -> None:
+        super().__init__(message)
+        self.delay = delay
 
 
 class Calls:
@@ -85,16 +109,23 @@ class Remote:
         patience: When to give up.
 
     Raises:
-        UserError: The URL is none.
+        UserError: The URL is none, or the key cannot be sent.
     """
 
     def __init__(self, url: str, key: str, patience: Patience) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError:  # a port that is none, a bracket too few
+            host = None
+        sendable = url.isascii() and url.isprintable() and not set(" ?#") & set(url)
+        if not host or not sendable or parts.scheme not in ("http", "https"):
             raise UserError(f"{url}: not a server's URL; expected something like http://localhost:8000/v1")
+        if any(not character.isprintable() or ord(character) > 255 for character in key):
+            raise UserError(f"{url}: the key for it has a line break or another character that no header takes")
         self.url, self.patience, self._key = url, patience, key
         self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self._host, self._port, self._path = parts.hostname, parts.port, parts.path
+        self._host, self._port, self._path = host, port, parts.path
 
     def post(self, calls: Calls, name: str, content: dict[str, Any], read: Callable[[Any], T]) -> T:
         """What `read` makes of the answer.
@@ -115,8 +146,9 @@ class Remote:
             failed = min(failed, now)
             delay = min(patience.longest_delay, patience.first_delay * 2.0 ** min(attempt - 1, 60))
             delay *= jitter.uniform(0.5, 1.0)
-            spent = attempt >= patience.attempts or now + delay - failed > patience.seconds
-            if spent or calls.ended.wait(delay):
+            left = patience.seconds - (now - failed)
+            delay = max(delay, min(fault.delay, left))  # however long the server asks for, there is a last attempt
+            if attempt >= patience.attempts or delay > left or calls.ended.wait(delay):
                 break
         raise UserError(
             f"{self.url}: gave up on {name} after {attempt} attempts, {now - failed:.1f} s after the first one failed; "
@@ -125,8 +157,8 @@ class Remote:
 
     def _attempt(self, calls: Calls, name: str, body: bytes) -> Any:
         try:
-            status, answer = self._exchange(calls, body)
-        except (socket.gaierror, ssl.SSLCertVerificationError) as error:
+            status, delay, answer = self._exchange(calls, body)
+        except (socket.gaierror, ssl.SSLCertVerificationError, UnicodeError) as error:  # a host's name may be none
             raise UserError(f"{self.url}: cannot be reached: {error}") from error
         except TimeoutError as error:
             limits = (
@@ -136,15 +168,16 @@ class Remote:
         except (OSError, HTTPException) as error:
             raise Fault(f"{type(error).__name__}: {error}") from error
         if status in (408, 429) or status >= 500:
-            raise Fault(f"status {status}: {self._message(answer)}")
+            raise Fault(f"status {status}: {self._message(answer)}", delay)
         if status != 200:
             raise UserError(f"{self.url}: refused {name} with status {status}: {self._message(answer)}")
         try:
             return json.loads(answer)
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise Fault(f"an answer of {len(answer)} bytes that is no whole JSON ({error})") from error
 
-    def _exchange(self, calls: Calls, body: bytes) -> tuple[int, bytes]:
+    def _exchange(self, calls: Calls, body: bytes) -> tuple[int, float, bytes]:
+        """Status, the seconds to wait that it names, and the answer."""
         headers = {"Content-Type": "application/json", "Connection": "close"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -166,7 +199,7 @@ class Remote:
                         channel.settimeout(left)
                     if response.length:
                         raise IncompleteRead(b"".join(parts), response.length)
-                return response.status, b"".join(parts)
+                return response.status, _seconds(response.headers.get("Retry-After")), b"".join(parts)
         finally:
             connection.close()
 
@@ -176,6 +209,12 @@ class Remote:
             said = json.loads(answer)
             said = said.get("error", said)
             text = str(said["message"] if isinstance(said, dict) else said)
-        except (AttributeError, KeyError, ValueError):
+        except (AttributeError, KeyError, RecursionError, ValueError):
             text = answer.decode(errors="replace")
         return (text.replace(self._key, "…") if self._key else text)[:500].strip()
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Of a Retry-After header; 0 where it names a date or nothing."""
+    value = (retry_after or "").strip()
+    return min(float(value), LONGEST) if value.isascii() and value.isdigit() else 0.0

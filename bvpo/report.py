@@ -120,10 +120,12 @@ def _mixing_table(module: BVPO) -> Table:
         if estimate.value is None:
             table.add_row("α̂", "—", estimate.reason)
         row("reused", estimate.reused_fraction or None, "fraction of products left out: prompts met again, no interval")
-    row("error ratio", metrics.get("mixing/mse_ratio"), "squared error at α over that at α̂")
+    own = ", each parameter group's own" if module.mixing.per_group else ""
+    row("error ratio", metrics.get("mixing/mse_ratio"), f"squared error at α over that at α̂{own}")
     for key, name in (("trace", "trace gradient"), ("empty", "empty-trace gradient")):
         variance = metrics.get(f"variance/{key}")
-        row(f"variance, {key}", None if variance is None else variance / rows, f"of one batch's {name}")
+        pairs = rows * metrics.get(f"pairs/{key}", 1.0)
+        row(f"variance, {key}", None if variance is None else variance / pairs, f"of one batch's {name}")
     row("variance, mixed", metrics.get("variance/mixed"), "of one batch's mixed gradient, at α")
     row("skipped steps", metrics.get("skipped_steps") or None, "gradients that were not finite")
     return table

@@ -154,7 +154,7 @@ def compare(draws: Draws, intervals: Bootstrap = Bootstrap()) -> Figures:
 
 
 def prompt_moments(draws: Sequence[Draw]) -> dict[str, float]:
-    """Of one prompt's responses in one mode, two or more; nan where a log q is not known."""
+    """Of one prompt's responses in one mode, two or more; nan where a log q is not known, or a response is empty."""
     logprobs, tokens = np.array([draw.logprob for draw in draws]), np.array([float(draw.tokens) for draw in draws])
     drawn = np.array([draw.drawn_logprob for draw in draws], dtype=np.float64)  # None becomes nan
     return {
@@ -164,7 +164,7 @@ def prompt_moments(draws: Sequence[Draw]) -> dict[str, float]:
         "length_variance": float(tokens.var(ddof=1)),
         "length": float(tokens.mean()),
         "nll": float(-logprobs.mean()),
-        "nll_per_token": float((-logprobs / tokens).mean()),
+        "nll_per_token": float((-logprobs / np.where(tokens > 0, tokens, np.nan)).mean()),
     }
 
 

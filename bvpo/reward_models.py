@@ -80,9 +80,19 @@ def render_answered(tokenizer: PreTrainedTokenizerBase, conversation: Conversati
 
 
 def load_config(name: str, trust_remote_code: bool) -> Any:
-    """The configuration of a folder or Hub id. Raises UserError where it cannot be loaded."""
+    """The configuration of a folder or Hub id. Raises UserError where it cannot be loaded or has not one label."""
     with _loading(name):
-        return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+    if not _is_armorm(config) and config.num_labels != 1:
+        raise UserError(
+            f"{name}: its classifier has {config.num_labels} labels and a reward model has one; this may be a language "
+            "model, or a classifier of another kind"
+        )
+    return config
+
+
+def _is_armorm(config: Any) -> bool:
+    return ARCHITECTURE in (config.architectures or [])
 
 
 def on_device(network: nn.Module, device: str | None) -> nn.Module:
@@ -102,16 +112,11 @@ def load_network(name: str, config: Any, dtype: torch.dtype, trust_remote_code: 
     """ArmoRM, or the sequence classifier of a folder or Hub id, its body in `dtype`.
 
     Raises:
-        UserError: It cannot be loaded, has not one label, or a tensor is missing or of another shape.
+        UserError: It cannot be loaded, or a tensor is missing or of another shape.
     """
-    if ARCHITECTURE in (config.architectures or []):
+    if _is_armorm(config):
         with _loading(name):
             return load_armorm(resolve_model(name), dtype)
-    if config.num_labels != 1:
-        raise UserError(
-            f"{name}: its classifier has {config.num_labels} labels and a reward model has one; this may be a language "
-            "model, or a classifier of another kind"
-        )
     with _loading(name):
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             resolve_model(name),

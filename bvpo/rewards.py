@@ -14,12 +14,9 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Literal
 
 import torch
@@ -28,7 +25,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from bvpo.errors import UserError
-from bvpo.math_check import Checker
+from bvpo.math_check import check_all
+from bvpo.maths import RULES, right_answer, to_compare
 from bvpo.reward_models import load_config, load_network, load_tokenizer, on_device, render_answered
 from bvpo.tasks import Question, is_correct
 from bvpo.traces import Conversation, check_conversation, check_text
@@ -63,7 +61,11 @@ class Reward(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Everything beside the item that a score depends on, as text; found without loading a model."""
+        """Everything beside the item that a score depends on, as text; found without loading a model.
+
+        Ask for it before anything expensive: it raises UserError where the reward cannot be had, as far as that is
+        seen without its weights.
+        """
 
     @abstractmethod
     def scores(self, items: Sequence[Item], progress: str | None = None) -> list[Score]:
@@ -127,7 +129,11 @@ class SequenceRewardModel(Reward):
 
     @property
     def fingerprint(self) -> str:
-        """Settings and, of a folder, the files' sizes and times. A Hub id stands for itself."""
+        """Settings and, of a folder, the files' sizes and times. A Hub id stands for itself.
+
+        Raises UserError where the folder is none, or its tokenizer or configuration is not a reward model's.
+        """
+        _ = self._config, self._tokenizer
         files = sorted(path for path in Path(self.model).glob("*") if path.is_file())
         stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return json.dumps([self.max_length, self.dtype, self.trust_remote_code, stamps])
@@ -210,10 +216,10 @@ class TaskAnswer(Reward):
 
 @dataclass(frozen=True)
 class MathAnswer(Reward):
-    """1.0 where the answer is mathematically equal to the reference (math-verify), else 0.0.
+    """1.0 where the answer is mathematically equal to the reference, as `bvpo.evaluate` scores it too, else 0.0.
 
-    There is no score where the reference is absent or cannot be parsed. An answer that cannot be checked in time counts
-    as wrong, and is counted in a warning.
+    There is no score where the reference is absent, or cannot be parsed and is not the same text. An answer that cannot
+    be checked in time counts as wrong, and is counted in a warning.
 
     Args:
         timeout_seconds: For one answer.
@@ -233,31 +239,26 @@ class MathAnswer(Reward):
 
     @property
     def fingerprint(self) -> str:
-        return json.dumps([_math_verify_version(), self.timeout_seconds])
+        return json.dumps([_math_verify_version(), self.timeout_seconds, RULES])
 
     def scores(self, items: Sequence[Item], progress: str | None = None) -> list[Score]:
         _math_verify_version()
-        count = max(1, min(self.workers, len(items)))
-        idle: SimpleQueue[Checker] = SimpleQueue()
-
-        def score(item: Item) -> Score:
-            if item.reference is None:
-                return None
-            checker = idle.get()
-            try:
-                verdict = checker.is_correct(item.reference, item.answer)
-            finally:
-                idle.put(checker)
-            return None if verdict is None else float(verdict)
-
-        with ExitStack() as stack:
-            checkers = [stack.enter_context(Checker(self.timeout_seconds)) for _ in range(count)]
-            for checker in checkers:
-                idle.put(checker)
-            pool = stack.enter_context(ThreadPoolExecutor(count))
-            done = pool.map(score, items)
-            scores = list(tqdm(done, progress, len(items), disable=progress is None, unit="answer", leave=False))
-        if expired := sum(checker.expired for checker in checkers):
+        scores: list[Score] = [None] * len(items)
+        asked: dict[int, tuple[str, str]] = {}
+        for place, item in enumerate(items):
+            if item.reference is None or not (gold := right_answer(item.reference)):
+                continue
+            pair = to_compare(gold, item.answer)
+            scores[place] = 1.0 if pair is None else None
+            asked |= {} if pair is None else {place: pair}
+        places, expired = list(asked), 0
+        done = check_all(list(asked.values()), self.timeout_seconds, self.workers)
+        for index, correct, late in tqdm(
+            done, progress, len(asked), disable=progress is None, unit="answer", leave=False
+        ):
+            scores[places[index]] = None if correct is None else float(correct)
+            expired += late
+        if expired:
             warnings.warn(
                 f"math: {expired} of {len(items)} answers could not be checked within {self.timeout_seconds:g} s and "
                 "count as wrong",

@@ -33,7 +33,7 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """A row that can be trained on: its number (from 1), as it is read, as text, and as ids (`pairs.COLUMNS`)."""
+    """A row that can be trained on: its number (from 1), as it is read, as text (conformed), and as ids."""
 
     number: int
     row: Mapping[str, Any]
@@ -111,12 +111,12 @@ def no_trace(example: Example, sample: Sample) -> Fault | None:
     think = sample.options.think
     for branch, prompt, completion in example.completions():
         text = str(example.text[completion])
-        opened = example.text[prompt].rstrip().endswith(think.open) or text.lstrip().startswith(think.open)
-        own = split(text.lstrip(), think)
+        own = split(text, think)
+        opened = own.opened or example.text[prompt].rstrip().endswith(think.open)
         if branch == "empty" or (own.closed and own.trace.strip()) or (own.closed and not opened):
             continue
         answer = without_stop(own.answer if own.closed else text, sample.options.stops).strip()
-        candidates = example.row.get("trace_candidates") or []
+        candidates = example.text.get("trace_candidates") or []
         if any((c.get("answer") or "").strip() == answer and (c.get("trace") or "").strip() for c in candidates):
             return Fault("fail", f"{completion} holds no trace, and its candidate does")
         if think.close in str(example.text["empty_prompt"]):
@@ -131,7 +131,7 @@ def never_opened(example: Example, sample: Sample) -> Fault | None:
     think = sample.options.think
     for branch, prompt, completion in example.completions():
         text = str(example.text[completion])
-        opened = example.text[prompt].rstrip().endswith(think.open) or text.lstrip().startswith(think.open)
+        opened = split(text, think).opened or example.text[prompt].rstrip().endswith(think.open)
         if branch == "trace" and think.close in text and not opened:
             return Fault("warn", f"{completion} holds {think.close}, and neither it nor the prompt opens a block")
     return None
@@ -172,7 +172,7 @@ def token_across_border(example: Example, sample: Sample) -> Fault | None:
 
 def other_prompt(example: Example, sample: Sample) -> Fault | None:
     """The prompt is not what the policy's template makes of the row's conversation."""
-    conversation, tokenizer = example.row.get("conversation"), sample.tokenizer
+    conversation, tokenizer = example.text.get("conversation"), sample.tokenizer
     if not conversation:
         return None
     sha = example.row.get("template_sha")

@@ -15,8 +15,39 @@ from transformers import PreTrainedTokenizerBase
 
 from bvpo.batches import BRANCHES, PREFIX, Branch
 from bvpo.errors import UserError
-from bvpo.reading import COMPLETIONS, OPTIONAL_COLUMNS, PROBLEM, STRUCTURE, TEXT_COLUMNS, conform, describe, first_line
+from bvpo.reading import (
+    COMPLETIONS,
+    OPTIONAL_COLUMNS,
+    PROBLEM,
+    STRUCTURE,
+    TEXT_COLUMNS,
+    conform,
+    describe,
+    first_line,
+    number_as_text,
+)
 from bvpo.traces import QWEN3, ThinkFormat, own_stops, render_prompt, split
+
+NESTED = ("conversation", "trace_candidates", "empty_candidates", "anchor_traces")  # columns of lists of objects
+
+
+def conform_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A row whose lists of objects have every documented field, None where it is absent, whatever file it is from.
+
+    Raises:
+        UserError: The reader found a problem, or one of these columns holds something else.
+    """
+    if row.get(PROBLEM):
+        raise UserError(f"{where}: {row[PROBLEM]}")
+    conformed = dict(row) | {"prompt_id": number_as_text(row.get("prompt_id"))}
+    for name in NESTED:
+        if name in row:
+            try:
+                conformed[name] = conform(row[name], OPTIONAL_COLUMNS[name])
+            except ValueError as error:
+                raise UserError(f"{where}: field {name}: expected {STRUCTURE[name]}, found {error}") from error
+    return conformed
+
 
 # ---------------------------------------------------------------------- conversations → text
 
@@ -28,18 +59,17 @@ def to_text(
     think: ThinkFormat = QWEN3,
     stops: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """A row whose six columns are text: message lists, as TRL and SimPO write them, are rendered.
+    """A conformed row whose six columns are text: message lists, as TRL and SimPO write them, are rendered.
 
     Prompts go through the chat template. Completions never do, it may cut the trace: a completion is the message's
     `reasoning_content` between the tags, its content as it stands, and the EOS, the first of `stops`. A row of text
     without prompts has them inside its completions. The columns of a pair that the row does not have are None.
 
     Raises:
-        UserError: The messages are no prompt with one answer.
+        UserError: The row cannot be conformed, or its messages are no prompt with one answer.
     """
-    if row.get(PROBLEM):
-        raise UserError(f"{where}: {row[PROBLEM]}")
-    text = dict.fromkeys(TEXT_COLUMNS) | dict(row)
+    row = conform_row(row, where)
+    text = dict.fromkeys(TEXT_COLUMNS) | row
     answers = {name: row[name] for name in COMPLETIONS if isinstance(row.get(name), list)}
     if not answers:
         return _with_prompts(row, where, think)
@@ -162,7 +192,7 @@ def check_row(
     think: ThinkFormat = QWEN3,
     one_sided: bool = False,
 ) -> None:
-    """Raises UserError, naming file, row and field, where a row of text is no pair of pairs.
+    """Raises UserError, naming file, row and field, where a row of text, conformed, is no pair of pairs.
 
     Args:
         stops: The texts that may end a completion.
@@ -173,17 +203,13 @@ def check_row(
         raise UserError(f"{where}: expected a trace pair or an empty-trace pair, found neither")
     for branch in present:
         _check_pair(row, branch, where, stops, think)
-    for name in ("trace_candidates", "empty_candidates", "anchor_traces"):
-        try:
-            conform(row.get(name), OPTIONAL_COLUMNS[name])
-        except ValueError as error:
-            raise UserError(f"{where}: field {name}: expected {STRUCTURE[name]}, found {error}") from error
     for branch in present:
         _check_candidates(row, branch, where, stops, think)
     for anchor in row.get("anchor_traces") or []:
         logprob = anchor.get("logprob")
         if not isinstance(anchor.get("trace"), str) or logprob is None or not math.isfinite(logprob):
-            raise UserError(f"{where}: field anchor_traces: expected a trace and a finite logprob each, found {anchor}")
+            found = describe(anchor)
+            raise UserError(f"{where}: field anchor_traces: expected a trace and a finite logprob each, found {found}")
 
 
 def _is_there(row: Mapping[str, Any], branch: Branch) -> bool:
@@ -214,22 +240,21 @@ def _completion_problem(prompt: str, completion: str, stops: Sequence[str], thin
     body = without_stop(completion, stops)
     if not body.strip():
         return "expected text before the EOS, found nothing but whitespace"
-    opened, opens = prompt.rstrip().endswith(think.open), body.lstrip().startswith(think.open)
-    if opened and opens:
+    own, opened = split(body, think), prompt.rstrip().endswith(think.open)
+    if opened and own.opened:
         return f"opens a second think block: the prompt ends in {think.open} already"
-    if opened or opens:
-        _, closed, answer = body.partition(think.close)
-        if not closed:
+    if opened or own.opened:
+        if not own.closed:
             return f"expected {think.close} after the trace, found an unfinished trace; leave it out, or sample longer"
-        if not answer.strip():
+        if not own.answer.strip():
             return f"expected an answer after {think.close}, found nothing"
     return None
 
 
 def _trace(prompt: str, completion: str, think: ThinkFormat) -> str:
     """The trace of a completion, empty where no think block is opened."""
-    opened = prompt.rstrip().endswith(think.open) or completion.lstrip().startswith(think.open)
-    return split(completion.lstrip(), think).trace if opened else ""
+    own = split(completion, think)
+    return own.trace if own.opened or prompt.rstrip().endswith(think.open) else ""
 
 
 def _check_candidates(

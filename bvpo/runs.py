@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import io
+import itertools
 import json
 import logging
 import os
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from bvpo.checkpoints import LAST, PREVIOUS, remove_partial_files, replacing
+from bvpo.checkpoints import LAST, PREVIOUS, remove_partial_files, replacing, write_whole
 from bvpo.errors import UserError
 from bvpo.sharded_checkpoints import read_common
+
+FINISHED, METRICS = "finished.json", "metrics.csv"
 
 
 @dataclass(frozen=True)
@@ -45,17 +49,24 @@ class Start:
 
 
 def claim_version(root: Path) -> int:
-    """Make the next `version_N` folder under `root` and return N. Two starts at once get two folders."""
+    """Make the next `version_N` folder under `root` and return N. Two starts at once get two folders.
+
+    Raises UserError where `root` is a file, or no folder can be made in it.
+    """
     if getattr(rank_zero_only, "rank", 0) != 0:  # only rank 0 writes logs, and checkpoint paths are broadcast from it
         return 0
-    root.mkdir(parents=True, exist_ok=True)
     version = max(_versions(root), default=-1) + 1
-    while True:
-        try:
-            (root / f"version_{version}").mkdir()
-            return version
-        except FileExistsError:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        while True:
+            with suppress(FileExistsError):
+                (root / f"version_{version}").mkdir()
+                return version
             version += 1
+    except OSError as error:
+        raise UserError(
+            f"{root}: no folder for a run can be made there: {error.strerror}. Give another --trainer.default_root_dir"
+        ) from error
 
 
 def _versions(root: Path) -> list[int]:
@@ -69,6 +80,7 @@ def lock_run(folder: Path) -> TextIO:
     The system lets go of it when this process ends, however it ends. Raises UserError where another one has it.
     """
     file = (folder / "lock").open("a+")
+    os.register_at_fork(after_in_child=file.close)  # processes that prepare batches outlive a killed one, by seconds
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -110,47 +122,87 @@ def find_start(root: Path, ckpt_path: str | None, limits: Mapping[str, Any]) -> 
     if version is None:
         return Start(said=f"--ckpt_path last: there is no run under {root} yet; this one starts from the start")
     folder = root / f"version_{version}"
+    mark, torn = _mark_of(folder), ""
+    if mark is None:
+        mark, torn = {}, f"; {FINISHED} in it cannot be read and counts as absent"
     for path in (folder / "checkpoints" / LAST, folder / "checkpoints" / PREVIOUS):
         if not path.exists():
             continue
         state = read_common(path)
         step = state["global_step"]
-        if _finished(folder, step, limits):
+        ended = mark.get("step") == step
+        if ended and (mark.get("limits") == limits or 0 <= limits["max_steps"] <= step):
             return Start(
                 path, version, step, True, f"{folder}: finished, {step} optimizer steps; nothing is left to do"
             )
-        if step != state.get("total_steps") or limits["max_steps"] > step:
-            return Start(path, version, step, said=f"{folder}: goes on behind optimizer step {step} ({path.name})")
-    return Start(version=version, said=f"{folder}: has no checkpoint from before its end yet; it starts from the start")
+        if ended or step != state.get("total_steps") or limits["max_steps"] > step:
+            said = f"{folder}: goes on behind optimizer step {step} ({path.name}){torn}"
+            return Start(path, version, step, said=said)
+    kept = f"; its log so far is kept in {aside.name}" if (aside := _aside(folder)) else ""
+    said = f"{folder}: has no checkpoint from before its end yet; it starts from the start{kept}{torn}"
+    return Start(version=version, said=said)
 
 
 def mark_finished(folder: Path, step: int, limits: Mapping[str, Any]) -> None:
     """Note that a run has come to its end, measurements included, with its `max_steps`, `max_epochs`, `max_time`."""
-    with replacing(folder / "finished.json") as file:
-        file.write(json.dumps({"step": step, "limits": limits}).encode())
+    with replacing(folder / FINISHED) as file:
+        write_whole(file, json.dumps({"step": step, "limits": limits}).encode())
 
 
-def _finished(folder: Path, step: int, limits: Mapping[str, Any]) -> bool:
-    path = folder / "finished.json"
-    if not path.exists():
-        return False
-    mark = json.loads(path.read_text())
-    return bool(mark["step"] == step and (mark["limits"] == limits or 0 <= limits["max_steps"] <= step))
+def note_ranks(folder: Path, ranks: int) -> None:
+    """Note how many processes train in a run's folder; `devices: auto` in its config.yaml does not say."""
+    with replacing(folder / "ranks.json") as file:
+        write_whole(file, json.dumps({"ranks": ranks}).encode())
+
+
+def noted_ranks(folder: Path) -> int | None:
+    """The processes that `note_ranks` was given; None where the folder does not tell."""
+    try:
+        return int(json.loads((folder / "ranks.json").read_text())["ranks"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or a torn one
+        return None
+
+
+def _mark_of(folder: Path) -> dict[str, Any] | None:
+    """What `mark_finished` noted; empty where it did not, None where its file is torn."""
+    try:
+        mark = json.loads((folder / FINISHED).read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        return None
+    return mark if isinstance(mark, dict) else None
+
+
+def _aside(folder: Path) -> Path | None:
+    """Where the log of a run that starts over is kept: the first free `metrics_N.csv`; None where it has no rows."""
+    path = folder / METRICS
+    if not path.exists() or not read_table(path)[1]:
+        return None
+    return next(p for n in itertools.count(1) if not (p := folder / f"metrics_{n}.csv").exists())
 
 
 def changed_options(saved: Path, config: str) -> list[str]:
-    """`key: old → new` of what differs between a saved config and this one, both YAML; `ckpt_path` aside."""
+    """`key: old → new` of what differs between a saved config and this one, both YAML; `ckpt_path` aside.
+
+    Of a saved config that is torn, a line that says so.
+    """
     if not saved.exists():
         return []
-    old, new = (_flat(yaml.safe_load(text) or {}) for text in (saved.read_text(), config))
+    try:
+        old, new = (flat_options(yaml.safe_load(text) or {}) for text in (saved.read_text(), config))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return [f"not known: {saved} cannot be read"]
     keys = [key for key in old | new if key != "ckpt_path" and old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys]
 
 
-def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_options(options: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names; an empty mapping is a value."""
     flat: dict[str, Any] = {}
     for key, value in options.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        name, nested = f"{prefix}{key}", isinstance(value, dict) and value
+        flat |= flat_options(value, f"{name}.") if nested else {name: value}
     return flat
 
 
@@ -159,8 +211,23 @@ def run_loggers(root: Path, version: int, resumed_at: int | None) -> list[Logger
     folder = root / f"version_{version}"
     if resumed_at is not None:
         remove_partial_files(folder)
+    if resumed_at == 0 and (aside := _aside(folder)):
+        os.replace(folder / METRICS, aside)
     events = EventLogger(root, name="", version=version, default_hp_metric=False, purge_step=resumed_at)
-    return [events, MetricsLogger(folder / "metrics.csv", resumed_at or 0)]
+    return [events, MetricsLogger(folder / METRICS, resumed_at or 0)]
+
+
+class ConfigSaver(SaveConfigCallback):
+    """Writes the run's resolved config, whole or not at all: a later start reads it."""
+
+    def __init__(self, parser: Any, config: Any, config_filename: str = "config.yaml") -> None:
+        super().__init__(parser, config, config_filename, save_to_log_dir=False)
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        folder = Path(getattr(trainer.logger, "log_dir", None) or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / self.config_filename) as file:
+            write_whole(file, self.parser.dump(self.config, skip_none=False).encode())
 
 
 class EventLogger(TensorBoardLogger):
@@ -227,8 +294,7 @@ class MetricsLogger(Logger):
         with self.path.open("ab", buffering=0) as file:
             end = file.tell()
             try:
-                while line:
-                    line = line[file.write(line) :]
+                write_whole(file, line)
             except BaseException:
                 file.truncate(end)
                 raise
@@ -236,7 +302,7 @@ class MetricsLogger(Logger):
     def _write(self, columns: list[str], rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as file:
-            file.write(_csv(columns, rows, header=True))
+            write_whole(file, _csv(columns, rows, header=True))
         self._columns = columns
 
     @rank_zero_only
@@ -255,10 +321,14 @@ def _csv(columns: list[str], rows: list[dict[str, Any]], header: bool = False) -
     return text.getvalue().encode()
 
 
+def whole_lines(path: Path) -> str:
+    """A table's text; what stands behind the last line break was torn by a kill."""
+    return path.read_bytes().rpartition(b"\n")[0].decode()
+
+
 def read_table(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and whole rows; what stands behind the last line break was torn by a kill."""
-    whole = path.read_bytes().rpartition(b"\n")[0].decode()
-    reader = csv.DictReader(io.StringIO(whole, newline=""))
+    """Columns and whole rows, as text."""
+    reader = csv.DictReader(io.StringIO(whole_lines(path), newline=""))
     rows = list(reader)
     return list(reader.fieldnames or []), rows
 
@@ -273,7 +343,6 @@ def quiet_lightning() -> None:
         r"[\s\S]*JsonargparseDeprecationWarning",
         r".*treespec, LeafSpec",  # torch, called by Lightning
         r"LightningCLI's args parameter",  # `main` is given its arguments by tests and notebooks
-        r"Using ModelCheckpoint with manual optimization",  # after the optimizer's step is what is meant
         r"The dirpath has changed from",  # a checkpoint of another run, or of a folder that was moved
         r"Checkpoint directory .* exists and is not empty",  # the run goes on in it
         r"Total length of `list` across ranks is zero",  # no validation rows

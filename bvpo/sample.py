@@ -6,16 +6,24 @@ import sys
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities import rank_zero_warn
 
 from bvpo.commands import exit_code, options_parser, read_options
 from bvpo.sample_report import Summary, print_summary
-from bvpo.sampled_rows import SampledRows
+from bvpo.sampled_rows import SampledRows, check_start
 from bvpo.sampler import Sampler, Sampling
 
 
 def run(options: Sampling, progress: bool = True) -> Summary | None:
     """Do the stages asked for. The rows' summary, or None where no rows were made."""
     sampler = Sampler(options, progress)
+    check_start(sampler)
+    if not sampler.mine:
+        size = options.backend.block or 1
+        rank_zero_warn(
+            f"shard {options.shard} has no prompt: the {len(sampler.prompts)} prompts are fewer blocks of {size} than "
+            "there are shards, and blocks stay whole: give fewer shards or, to all of them, a smaller backend.block"
+        )
     with sampler.journal() as journal:
         rows = SampledRows(sampler, journal)
         if options.stage in ("all", "generate"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bvpo.errors import UserError
 from bvpo.pairing import Response
 from bvpo.traces import MODES, Mode
 
@@ -42,7 +43,8 @@ class Summary:
         too_long: Left out before sampling.
         samples: Responses to a prompt in each mode.
         rows: Written.
-        lost_anchors: Anchor traces of the rows that were not finished, or whose text has other ids.
+        lost_anchors: Anchor traces of the rows that were not finished, whose text has other ids, that begin with the
+            open tag where the prompt holds it or without where it does not, or whose log-probability is not known.
     """
 
     prompts: int
@@ -68,7 +70,7 @@ class Summary:
 
 
 def print_summary(summary: Summary, output: str, work: Path, console: Console | None = None) -> None:
-    """The table, and the same as JSON in the work folder."""
+    """The table, and the same as JSON in the work folder. Raises UserError where that cannot be written."""
     console = console or Console()
     sampled = summary.prompts - summary.too_long
     table = Table(title=f"{summary.samples} responses a mode to {sampled} prompts → {summary.rows} rows")
@@ -92,7 +94,11 @@ def print_summary(summary: Summary, output: str, work: Path, console: Console | 
     if summary.too_long:
         console.print(f"{summary.too_long} of {summary.prompts} prompts are too long and were left out")
     if summary.lost_anchors:
-        console.print(f"{summary.lost_anchors} anchor traces were not finished, or not their text's ids, and left out")
+        console.print(
+            f"{summary.lost_anchors} anchor traces were not finished, not their text's ids, not opened as the prompt "
+            "wants it, or without log-probability, and left out",
+            soft_wrap=True,
+        )
     console.print(f"rows        {output}", soft_wrap=True)
     if summary.rows:
         console.print(f"look first  python -m bvpo.doctor --data.train {output} ...", soft_wrap=True)
@@ -103,4 +109,8 @@ def print_summary(summary: Summary, output: str, work: Path, console: Console | 
             soft_wrap=True,
         )
     counts = vars(summary) | {"modes": {mode: vars(own) for mode, own in summary.modes.items()}}
-    (work / "summary.json").write_text(json.dumps(counts, indent=1))
+    path = work / "summary.json"
+    try:
+        path.write_text(json.dumps(counts, indent=1))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}. The rows are whole, in {output}") from error

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
+import re
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from lightning.pytorch.utilities import rank_zero_warn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -29,16 +32,17 @@ from bvpo.decoding import Decoding
 from bvpo.engines import Engine, TransformersEngine
 from bvpo.errors import UserError
 from bvpo.generation import Backend, Completion, Request
-from bvpo.journal import Journal
+from bvpo.journal import SETTINGS, Journal, read_settings, write_settings
 from bvpo.pairing import BestWorst, PairSource, response_seed
 from bvpo.pairs import encode_completion, encode_prompt
-from bvpo.policy import context_length, load_tokenizer, stop_tokens
-from bvpo.prompts import Prompt, load_prompts
+from bvpo.policy import WEIGHTS, load_tokenizer, resolve_model, stop_tokens
+from bvpo.prompts import Prompt, dated, load_prompts
 from bvpo.rewards import Reward, reward
 from bvpo.traces import MODES, Mode, ThinkFormat, render_prompt, template_fingerprint, think_format
 
 Kind = Literal["thinking", "no_thinking", "anchor"]
 Stage = Literal["all", "generate", "score", "anchors", "pairs"]
+PIECES, PIECE = 256, 1 << 14  # of a large file of weights, these many of so many bytes enter its hash
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class Sampling:
                 raise UserError(f"{name} must be ≥ {least}, got {value}")
         if Path(self.output).suffix not in (".jsonl", ".parquet"):
             raise UserError(f"output {self.output}: give a file that ends in .jsonl or .parquet")
+        if Path(self.output).is_dir():
+            raise UserError(f"output {self.output}: is a folder; give a file that ends in .jsonl or .parquet")
         _ = self.decoding, self.part
         if self.shard is not None and self.stage == "pairs":
             raise UserError("the rows are made from all shards together: give stage pairs without a shard")
@@ -115,10 +121,10 @@ class Sampling:
     @property
     def part(self) -> tuple[int, int]:
         """Which of how many parts, from 0."""
-        index, slash, parts = (self.shard or "1/1").partition("/")
-        if not (slash and index.isdigit() and parts.isdigit() and 1 <= int(index) <= int(parts)):
+        given = re.fullmatch("([1-9][0-9]*)/([1-9][0-9]*)", self.shard or "1/1")
+        if given is None or int(given[1]) > int(given[2]):
             raise UserError(f"shard {self.shard!r}: expected i/n with 1 ≤ i ≤ n, such as 2/8")
-        return int(index) - 1, int(parts)
+        return int(given[1]) - 1, int(given[2])
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,11 @@ class Sampler:
     def __init__(self, options: Sampling, progress: bool = True) -> None:
         self.options, self.progress = options, progress
         self.think = think_format(options.think)
+        self.policy = str(Path(options.policy)) if Path(options.policy).is_dir() else options.policy
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(options.policy)
+        self.template = template_fingerprint(self.tokenizer)
+        date = str(read_settings(options.work).get("date") or datetime.now().isoformat())
+        self.tokenizer.chat_template = dated(self.tokenizer.chat_template, datetime.fromisoformat(date))
         self.stops = stop_tokens(options.policy, self.tokenizer)
         if not self.stops:
             raise UserError(
@@ -149,74 +159,97 @@ class Sampler:
         self.reward = reward(options.reward)
         source = load_prompts(options.prompts, options.limit, options.seed + 1, options.reference)
         self.total = len(source)
-        self.prompts = [prompt for prompt in source if self._fits(prompt)]
+        self.prompts, digest = list[Prompt](), hashlib.sha256()
+        for prompt in source:
+            ids = [self.prompt_ids(prompt, mode) for mode in MODES]
+            if max(map(len, ids)) <= self._longest:
+                self.prompts.append(prompt)
+                digest.update(json.dumps(ids).encode())
         if not self.prompts:
-            raise UserError(f"{options.prompts}: all {self.total} prompts are too long: see max_prompt_tokens")
-        self._settle()
+            raise UserError(
+                f"{options.prompts}: all {self.total} prompts are too long: they may have {max(0, self._longest)} "
+                "tokens, the lesser of max_prompt_tokens and what max_new_tokens leaves of the model's positions"
+            )
+        self.settings = self._settings(digest.hexdigest(), date)
+        self._agree(self.settings)
         self._tokens, self._started = 0, time.monotonic()
 
     # ------------------------------------------------------------------ what is to be done
 
+    def prompt_text(self, prompt: Prompt, kind: Kind) -> str:
+        """The text that generation starts from. Raises UserError, naming the prompt, as `render_prompt` does."""
+        mode: Mode = "no_thinking" if kind == "no_thinking" else "thinking"
+        try:
+            return render_prompt(self.tokenizer, prompt.conversation, mode, self.think)
+        except UserError as error:
+            raise UserError(f"{self.options.prompts}, prompt {prompt.id}: {error}") from error
+
     def prompt_ids(self, prompt: Prompt, kind: Kind) -> list[int]:
         """The ids that generation starts from."""
-        mode: Mode = "no_thinking" if kind == "no_thinking" else "thinking"
-        return encode_prompt(self.tokenizer, render_prompt(self.tokenizer, prompt.conversation, mode, self.think))
+        return encode_prompt(self.tokenizer, self.prompt_text(prompt, kind))
+
+    def opens(self, prompt: Prompt) -> bool:
+        """Whether the prompt of `thinking` ends in the open tag."""
+        return self.prompt_text(prompt, "thinking").rstrip().endswith(self.think.open)
 
     @cached_property
     def _longest(self) -> float:
-        positions = context_length(self.options.policy)
+        positions = self.options.backend.positions(self.options.policy)
         limits = [self.options.max_prompt_tokens, positions and positions - self.options.max_new_tokens]
         return min((limit for limit in limits if limit is not None), default=float("inf"))
 
-    def _fits(self, prompt: Prompt) -> bool:
-        return max(len(self.prompt_ids(prompt, mode)) for mode in MODES) <= self._longest
-
-    def blocks(self) -> list[list[Prompt]]:
-        """All prompts, cut into what is generated together."""
-        size = self.options.backend.block or len(self.prompts)
-        return [self.prompts[start : start + size] for start in range(0, len(self.prompts), size)]
-
     @property
     def mine(self) -> list[Prompt]:
-        """This shard's prompts: whole blocks."""
+        """This shard's prompts."""
         return [prompt for block in self.own_blocks for prompt in block]
 
     @property
     def own_blocks(self) -> list[list[Prompt]]:
-        (index, parts), blocks = self.options.part, self.blocks()
-        cut = [len(blocks) * k // parts for k in (index, index + 1)]
-        return blocks[cut[0] : cut[1]]
+        """The same, cut into what is generated together: whole blocks, or one where the back end has none."""
+        (index, parts), unit = self.options.part, self.options.backend.block or 1
+        units = math.ceil(len(self.prompts) / unit)
+        first, end = (unit * (units * k // parts) for k in (index, index + 1))
+        own = self.prompts[first:end]
+        size = self.options.backend.block or max(1, len(own))
+        return [own[start : start + size] for start in range(0, len(own), size)]
 
     def jobs(self, prompts: Sequence[Prompt], kinds: Sequence[Kind] = MODES) -> list[Job]:
         counts = dict.fromkeys(MODES, self.options.samples) | {"anchor": self.options.anchor_traces}
         return [Job(prompt, kind, number) for prompt in prompts for kind in kinds for number in range(counts[kind])]
 
-    def _settle(self) -> None:
-        """Write down what responses depend on. Raises UserError where the folder's were made with other settings."""
-        options = self.options
+    def _settings(self, prompt_ids: str, date: str) -> dict[str, Any]:
+        """What responses depend on, but for the back end."""
+        names = ("temperature", "top_p", "max_new_tokens", "seed")
+        settings: dict[str, Any] = {"policy": self.policy} | {name: getattr(self.options, name) for name in names}
         prompts = hashlib.sha256(json.dumps([[p.id, p.conversation] for p in self.prompts]).encode()).hexdigest()
-        settings = {
-            name: getattr(options, name) for name in ("policy", "temperature", "top_p", "max_new_tokens", "seed")
-        }
-        settings |= {"think": asdict(self.think), "prompts": prompts, "stops": list(self.stops)}
-        settings |= {"template_sha": template_fingerprint(self.tokenizer)}
-        path = options.work / "settings.json"
-        if path.exists():
-            found = json.loads(path.read_text())
-            differing = [f"{k} was {found.get(k)!r}, is {v!r}" for k, v in settings.items() if found.get(k) != v]
-            if differing:
-                raise UserError(
-                    f"{options.work} holds responses that were sampled with other settings: {'; '.join(differing)}. "
-                    "Give these again, another output, or delete the folder"
-                )
-        else:
-            options.work.mkdir(parents=True, exist_ok=True)
-            own = path.with_suffix(f".{os.getpid()}")
-            own.write_text(json.dumps(settings, indent=1))
-            own.replace(path)
+        settings |= {"think": asdict(self.think), "prompts": prompts, "prompt_count": len(self.prompts)}
+        settings |= {"prompt_ids": prompt_ids, "stops": list(self.stops), "template_sha": self.template}
+        return settings | {"weights": model_files(self.policy), "date": date}
+
+    def _agree(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What is written down. Raises UserError where the folder's responses were made with other settings."""
+        found = read_settings(self.options.work)
+        if differing := differences(found, settings):
+            raise UserError(
+                f"{self.options.work} holds responses that were sampled with other settings: {'; '.join(differing)}. "
+                "Give these again, another output, or delete the folder"
+            )
+        return found
+
+    def _settle(self, settings: Mapping[str, Any]) -> set[str]:
+        """Write down what is not written down yet; its names. Raises UserError as `_agree` does, or a full disk."""
+        found = self._agree(settings)
+        if new := settings.keys() - found.keys():
+            write_settings(self.options.work, dict(settings) | found)
+        return new if found else set()
 
     def journal(self) -> Journal:
         """What has been sampled, by all shards, and this shard's file."""
+        if new := self._settle(self.settings):
+            rank_zero_warn(
+                f"{self.options.work / SETTINGS}: an older version of this package wrote it and did not note "
+                f"{', '.join(sorted(new))}: these are taken to be the same as now"
+            )
         return Journal(self.options.work, "responses", lambda r: (r["prompt"], r["kind"], r["number"]), self.part)
 
     @property
@@ -236,6 +269,12 @@ class Sampler:
         left = sum(job.key not in journal for block in blocks for job in block)
         if not left:
             return
+        engine = self.options.backend
+        kind = {
+            "class": f"{type(engine).__module__}.{type(engine).__qualname__}",
+            "dtype": getattr(engine, "dtype", None),
+        }
+        self._settle({"backend": kind})
         backend = self._backend
         with tqdm(total=total, initial=total - left, desc=label, unit="response", disable=not self.progress) as bar:
             for block in blocks:
@@ -256,8 +295,9 @@ class Sampler:
         for job in todo:
             key = job.prompt.id, job.kind
             prompts[key] = prompts.get(key) or array("i", self.prompt_ids(job.prompt, job.kind))
-            requests.append(Request(prompts[key], response_seed(self.options.seed, *job.key)))
-        ended = backend.complete(requests, self.options.decoding, self._ends(jobs[0].kind))
+            name = f"prompt {job.prompt.id}, {job.kind}, response {job.number + 1}"
+            requests.append(Request(prompts[key], response_seed(self.options.seed, *job.key), name))
+        ended = backend.complete(requests, self.options.decoding, self.ends(jobs[0].kind))
         with closing(cast(Any, ended)) as stream:
             for index, completion in stream:
                 if todo[index].key not in journal:
@@ -267,7 +307,7 @@ class Sampler:
                     bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
                     bar.update()
 
-    def _ends(self, kind: Kind) -> list[int]:
+    def ends(self, kind: Kind) -> list[int]:
         """Ids that end a response; an anchor trace ends with its close tag."""
         ends = [cast(int, self.tokenizer.convert_tokens_to_ids(stop)) for stop in self.stops]
         if kind == "anchor":
@@ -282,6 +322,7 @@ class Sampler:
 
     def _record(self, job: Job, seed: int, completion: Completion) -> dict[str, Any]:
         text = cast(str, self.tokenizer.decode(completion.token_ids, clean_up_tokenization_spaces=False))
+        before, logprob = self.prompt_text(job.prompt, job.kind), completion.logprob
         return {
             "prompt": job.prompt.id,
             "kind": job.kind,
@@ -290,6 +331,56 @@ class Sampler:
             "text": text,
             "n_tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
-            "logprob": completion.logprob,
-            "same_ids": encode_completion(self.tokenizer, text) == completion.token_ids,
+            "logprob": logprob if logprob is not None and math.isfinite(logprob) else None,
+            "same_ids": encode_completion(self.tokenizer, text, before) == completion.token_ids,
         }
+
+
+# ---------------------------------------------------------------------- what responses depend on
+
+
+def model_files(policy: str) -> dict[str, str]:
+    """The configuration and weights in a policy's folder, each with a hash of its size and content; {} of a Hub id.
+
+    Of a file above 4 MiB, 256 pieces of 16 KiB enter, evenly spaced, the first and the last among them. Times do not:
+    shards run on machines with copies.
+    """
+    folder = Path(resolve_model(policy))
+    if not folder.is_dir():
+        return {}
+    names = ("config.json", "adapter_config.json", *WEIGHTS)
+    return {path.name: _content(path) for path in sorted({path for name in names for path in folder.glob(name)})}
+
+
+def _content(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= PIECES * PIECE:
+            digest.update(file.read())
+        else:
+            for number in range(PIECES):
+                file.seek((size - PIECE) * number // (PIECES - 1))
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()[:16]
+
+
+def differences(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """In words, where settings differ from those found; one that was not written down is none, and nor is the date."""
+    differing = {name: found[name] for name, value in settings.items() if name in found and found[name] != value}
+    differing.pop("date", None)
+    words = []
+    before, count = differing.pop("prompt_count", settings.get("prompt_count")), settings.get("prompt_count")
+    template, ids = differing.pop("template_sha", None), differing.pop("prompt_ids", None)
+    if differing.pop("prompts", None):
+        words.append(f"prompts was a list of {before}, is another one of {count} (file, limit, max_prompt_tokens)")
+    elif template:
+        words.append("the policy's chat template is another")
+    elif ids:
+        words.append(
+            "the same prompts have other token ids: another tokenizer, or a chat template that writes the time"
+        )
+    if "weights" in differing:
+        files = {name for name, _ in differing.pop("weights").items() ^ settings["weights"].items()}
+        words.append(f"the policy's folder holds other files than it did: {', '.join(sorted(files))}")
+    return words + [f"{name} was {value!r}, is {settings[name]!r}" for name, value in differing.items()]

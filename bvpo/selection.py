@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import datasets
 from lightning.pytorch.utilities import rank_zero_warn
@@ -42,6 +42,7 @@ class RowOptions:
         think: How the model marks its traces.
         stops: The texts that end a completion, the tokenizer's EOS first; () takes that one alone.
         on_one_sided: A row with a trace pair or an empty-trace pair only.
+        together: Consecutive rows that have one prompt, and are trained on or left out together.
     """
 
     anchors: bool = False
@@ -52,6 +53,7 @@ class RowOptions:
     think: ThinkFormat = QWEN3
     stops: tuple[str, ...] = ()
     on_one_sided: OnOneSided = "error"
+    together: int = 1
 
     @property
     def cut_to(self) -> int | None:
@@ -79,6 +81,7 @@ class RowReport:
         one_sided: Rows without a pair of the branch.
         endless, guessed: Rows with a completion that does not end in a stop token; whose prompt was found, not given.
         repeated: Rows whose prompt an earlier row has.
+        mixed: The first row of each group of `together` rows that has several prompts.
     """
 
     total: int
@@ -89,6 +92,7 @@ class RowReport:
     endless: list[int]
     guessed: list[int]
     repeated: list[int]
+    mixed: list[int]
 
     def longer(self, limit: float) -> str:
         """How many of the over-long rows' sequences are too long, by branch and side."""
@@ -118,7 +122,19 @@ def survey(tokenized: datasets.Dataset, options: RowOptions) -> RowReport:
         endless=[index for index in good if facts["endless"][index]],
         guessed=[index for index in good if facts["guessed"][index]],
         repeated=[index for index in good if first[keys[index]] != index],
+        mixed=[
+            start
+            for start in range(0, len(tokenized), options.together)
+            if len({keys[i] for i in range(start, min(start + options.together, len(tokenized))) if i not in bad}) > 1
+        ],
     )
+
+
+def left_out(report: RowReport, options: RowOptions) -> set[int]:
+    """The rows that are dropped: bad ones, over-long ones where options say so, and the others of their groups."""
+    dropped, size = set(report.bad) | set(report.overlong if options.on_overlong == "drop" else ()), options.together
+    groups = {index // size for index in dropped}
+    return {i for group in groups for i in range(group * size, min((group + 1) * size, report.total))}
 
 
 def select_rows(tokenized: datasets.Dataset, source: str, options: RowOptions) -> datasets.Dataset:
@@ -129,15 +145,15 @@ def select_rows(tokenized: datasets.Dataset, source: str, options: RowOptions) -
     """
     report = survey(tokenized, options)
     refuse(report, source, options)
-    left_out = set(report.bad) | set(report.overlong if options.on_overlong == "drop" else ())
-    kept = [index for index in range(report.total) if index not in left_out]
+    dropped = left_out(report, options)
+    kept = [index for index in range(report.total) if index not in dropped]
     if not kept:
         sides = report.longer(options.max_length or math.inf)
         raise UserError(
             f"{source}: all {report.total} rows are longer than max_length = {options.max_length} tokens, or bad "
             f"({sides})"
         )
-    for note in notes(report, options, left_out):
+    for note in [*notes(report, options, dropped), *group_notes(report, options)]:
         rank_zero_warn(f"{source}: {note}")
     return tokenized if len(kept) == report.total else tokenized.select(kept)
 
@@ -157,9 +173,44 @@ def refuse(report: RowReport, source: str, options: RowOptions) -> None:
             f"{limit} ({len(over)} of {total} rows are longer: {report.longer(limit)}): raise it, or set on_overlong "
             "to drop, truncate_prompt or truncate_trace"
         )
+    if fault := group_fault(report, options):
+        raise UserError(f"{source}: {fault.found}: {fault.advice}")
 
 
-def notes(report: RowReport, options: RowOptions, left_out: set[int]) -> Iterator[str]:
+class GroupFault(NamedTuple):
+    """Why rows cannot be drawn in groups, and what to do."""
+
+    found: str
+    advice: str
+
+
+def group_fault(report: RowReport, options: RowOptions) -> GroupFault | None:
+    """What keeps rows from being drawn `together`: a group that is not full, or has several prompts."""
+    size = options.together
+    advice = f"let each prompt have {size} consecutive rows, or set data.rows_together to 1"
+    if report.total % size:
+        return GroupFault(f"has {report.total} rows, no multiple of rows_together = {size}", advice)
+    if report.mixed:
+        first = report.mixed[0] + 1
+        return GroupFault(
+            f"rows {first} to {first + size - 1} are drawn as one by rows_together = {size} and have several prompts "
+            f"({len(report.mixed)} of {report.total // size} such groups have)",
+            advice,
+        )
+    return None
+
+
+def group_notes(report: RowReport, options: RowOptions) -> Iterator[str]:
+    """How many rows are dropped for another row of their group."""
+    alone = len(left_out(report, replace(options, together=1)))
+    if others := len(left_out(report, options)) - alone:
+        yield (
+            f"dropped {others} more of {report.total} rows: of rows_together = {options.together} rows of a prompt one "
+            "was dropped, and a group is left out whole"
+        )
+
+
+def notes(report: RowReport, options: RowOptions, dropped: set[int]) -> Iterator[str]:
     """What is worth knowing of the rows that are trained on, and of those that are not."""
     total, limit = report.total, options.max_length or math.inf
     if report.bad:
@@ -168,24 +219,24 @@ def notes(report: RowReport, options: RowOptions, left_out: set[int]) -> Iterato
         done = "dropped" if options.on_overlong == "drop" else f"cut by {options.on_overlong}"
         sides = report.longer(limit)
         yield f"{done} {len(report.overlong)} of {total} rows longer than {limit} tokens ({sides})"
-    kept = total - len(left_out)
+    kept = total - len(dropped)
     for branch, name in zip(BRANCHES, ("trace", "empty-trace"), strict=True):
-        if rows := [index for index in report.one_sided[branch] if index not in left_out]:
+        if rows := [index for index in report.one_sided[branch] if index not in dropped]:
             yield (
                 f"{len(rows)} of {kept} rows (the first is row {rows[0] + 1}) have no {name} pair: each estimator "
                 "averages over its own rows"
             )
-    if rows := [index for index in report.guessed if index not in left_out]:
+    if rows := [index for index in report.guessed if index not in dropped]:
         yield (
             f"{len(rows)} of {kept} rows (the first is row {rows[0] + 1}) have no prompt of their own: it is what "
             "chosen and rejected share, up to the think block"
         )
-    if rows := [index for index in report.endless if index not in left_out]:
+    if rows := [index for index in report.endless if index not in dropped]:
         yield (  # an EOS is never added: where a completion was cut off it would be a lie
             f"{len(rows)} of {kept} rows (the first is row {rows[0] + 1}) have a completion without the tokenizer's "
             "EOS at its end: they are trained on as they are, and teach the policy no end"
         )
-    if repeated := [index for index in report.repeated if index not in left_out]:
+    if repeated := [index for index in report.repeated if index not in dropped]:
         yield f"{len(repeated)} of {kept} rows repeat another row's prompt; they are kept"
 
 

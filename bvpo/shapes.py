@@ -1,17 +1,51 @@
-"""What memory and time depend on: the shapes of a model and of the largest microbatch. No weights are read."""
+"""What memory and time depend on, and which rows a model takes: shapes of models, of microbatches and of rows.
+
+No weights are read.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from bvpo.batches import BRANCHES, PREFIX, Branch
 from bvpo.errors import UserError
 from bvpo.policy import BUILTIN
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """Rotary frequencies that are chosen anew in each forward pass, for the longest sequence in it.
+
+    Attributes:
+        kind: `longrope` has two sets of them, `dynamic` one for every length behind the border.
+        border: Tokens up to which a sequence alone has the first set.
+    """
+
+    kind: str
+    border: int
+
+    @classmethod
+    def of(cls, config: Any) -> Frequencies | None:
+        """Those of a model's configuration; of several that layers have, the ones with the nearest border."""
+        given = getattr(config, "rope_parameters", None) or {}
+        found = []
+        for own in (own for own in (given, *given.values()) if isinstance(own, dict)):
+            if own.get("rope_type") == "dynamic":
+                found.append(cls("dynamic", int(config.max_position_embeddings)))
+            elif own.get("rope_type") == "longrope":
+                found.append(cls("longrope", int(own["original_max_position_embeddings"])))
+        return min(found, key=lambda own: own.border, default=None)
 
 
 @dataclass(frozen=True)
@@ -20,10 +54,12 @@ class ModelShape:
 
     Attributes:
         parameters, largest: Numbers in all parameters, and in the largest of them.
-        attention_width, key_width: Heads × numbers of a head: of queries, and of keys or values.
+        heads, attention_width, key_width: Of attention: heads, and heads × numbers of a head, of queries and of keys or
+            values. 0 where layers have none (Mamba, RWKV).
         eager_attention: Whether every layer keeps its (heads, T, T) weights.
         positions: Tokens that the model was made for; None where its configuration does not say.
-        rotary: Whether positions are angles, which go on behind that; learned ones end there.
+        rotary: Whether positions are angles, or the model knows none: it goes on behind that; a table ends there.
+        frequencies: Where the rotary frequencies depend on the longest sequence that is computed at the same time.
         tied: Whether the head's weight is the embedding's.
         products: Numbers in the matrices that every token is multiplied by, the head's aside; None where a router
             chooses among matrices.
@@ -43,6 +79,7 @@ class ModelShape:
     eager_attention: bool = False
     positions: int | None = None
     rotary: bool = True
+    frequencies: Frequencies | None = None
     tied: bool = False
     products: int | None = None
     borders: int = 0
@@ -67,8 +104,8 @@ class ModelShape:
     def of(cls, model: PreTrainedModel) -> ModelShape:
         """A model's own, before adapters or sharding change it; its parameters may be on the meta device."""
         text = cast(Any, model.config.get_text_config())
-        hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
-        per_head = int(getattr(text, "head_dim", None) or hidden // heads)
+        hidden, heads = int(text.hidden_size), int(getattr(text, "num_attention_heads", None) or 0)
+        per_head = int(getattr(text, "head_dim", None) or hidden // max(heads, 1))
         groups = int(getattr(text, "num_key_value_heads", None) or heads)
         output = model.get_output_embeddings()
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -88,13 +125,23 @@ class ModelShape:
             key_width=groups * per_head,
             vocabulary=int(text.vocab_size),
             eager_attention=model.config._attn_implementation == "eager",
-            positions=getattr(text, "max_position_embeddings", None),
-            rotary=any(getattr(text, name, None) for name in ("rope_parameters", "rope_theta")),
+            positions=getattr(text, "max_position_embeddings", None) if heads else None,
+            rotary=any(getattr(text, name, None) for name in ("rope_parameters", "rope_theta"))
+            or not _ends_in_a_table(model, getattr(text, "max_position_embeddings", None)),
+            frequencies=Frequencies.of(text),
             tied=tied,
             products=None if routed else sum(p.numel() for p in matrices),
             borders=sum(sum(p.shape[-2:]) for p in matrices),
-            packs=isinstance(output, nn.Linear) and model._can_set_attn_implementation(),
+            packs=heads > 0 and isinstance(output, nn.Linear) and model._can_set_attn_implementation(),
         )
+
+
+def _ends_in_a_table(model: PreTrainedModel, positions: int | None) -> bool:
+    """Whether positions are looked up, in an embedding or a buffer that may have two rows more (OPT)."""
+    tables = [own.weight for own in model.modules() if isinstance(own, nn.Embedding)]
+    tables = [own for own in tables if own is not model.get_input_embeddings().weight]
+    tables += [own for own in model.buffers() if own.ndim == 2]
+    return positions is not None and any(positions <= len(own) <= positions + 2 for own in tables)
 
 
 def model_shape(name: str) -> ModelShape:
@@ -133,3 +180,116 @@ class BatchShape:
             pairs = min(pairs, max(1, max_tokens // (2 * length)))
         tokens = 2 * pairs * length
         return cls(2 * pairs, length, length, tokens, tokens if packed else None)
+
+
+# ---------------------------------------------------------------------- rows, against a model
+
+ROWS_AT_ONCE = 1000  # that are measured
+
+
+@dataclass(frozen=True)
+class RowSizes:
+    """What a model must have room for.
+
+    Attributes:
+        spans: Tokens of each branch's shortest and longest sequence, anchors among the trace's; a branch may have none.
+        largest_id: None where it was not looked for.
+    """
+
+    spans: Mapping[Branch, tuple[int, int]]
+    largest_id: int | None
+
+    @property
+    def longest(self) -> int:
+        return max((longest for _, longest in self.spans.values()), default=0)
+
+    @classmethod
+    def of(cls, rows: datasets.Dataset, ids: bool) -> RowSizes:
+        """Measure tokenized rows, Arrow table by Arrow table.
+
+        Args:
+            ids: Whether to look for the largest id: this reads every token, lengths do not.
+        """
+        columns = [name for name in rows.column_names if name.endswith(("prompt", "chosen", "rejected"))]
+        lengths: dict[Branch, list[Any]] = {branch: [] for branch in BRANCHES}
+        largest = []
+        for table in rows.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE):
+            for branch in BRANCHES:
+                lengths[branch] += _sequence_lengths(table, branch)
+            largest += [_largest(table.column(name)) for name in columns] if ids else []
+        joined = {branch: np.concatenate([*own, np.zeros(0, int)]) for branch, own in lengths.items()}
+        spans = {branch: (int(own.min()), int(own.max())) for branch, own in joined.items() if own.size}
+        return cls(spans, max(largest, default=None))
+
+
+def _sequence_lengths(table: pa.Table, branch: Branch) -> list[Any]:
+    """Arrays of tokens a sequence: of each of a branch's completions, and of each of its anchors, with the prompt."""
+    prompts = pc.list_value_length(table.column(PREFIX[branch] + "prompt")).to_numpy()
+    found = []
+    for side in ("chosen", "rejected"):
+        own = pc.list_value_length(table.column(PREFIX[branch] + side)).to_numpy()
+        found.append((prompts + own)[own > 0])
+        if branch == "trace" and f"anchor_{side}" in table.column_names:
+            anchors = table.column(f"anchor_{side}")
+            own = pc.list_value_length(pc.list_flatten(anchors)).to_numpy()
+            found.append(np.repeat(prompts, pc.list_value_length(anchors).to_numpy()) + own)
+    return found
+
+
+def _largest(ids: pa.ChunkedArray) -> int:
+    """Of lists, or lists of lists, of ids; -1 where there is none."""
+    while pa.types.is_list(ids.type) or pa.types.is_large_list(ids.type):
+        ids = pc.list_flatten(ids)
+    return int(pc.max(ids).as_py() if len(ids) else -1)
+
+
+class Misfit(NamedTuple):
+    """Why a model does not take rows, and what to do."""
+
+    found: str
+    advice: str
+
+
+def vocabulary_misfit(model: ModelShape, largest_id: int) -> Misfit | None:
+    """Rows hold an id that the model has no embedding for."""
+    if largest_id < model.vocabulary:
+        return None
+    found = f"the model has {model.vocabulary} embeddings, and the rows hold the id {largest_id}"
+    return Misfit(found, "give the tokenizer that belongs to the policy, or resize the model's embeddings")
+
+
+def positions_misfit(model: ModelShape, longest: int) -> Misfit | None:
+    """A sequence is longer than the model was made for; it is no error where positions are `rotary`."""
+    if model.positions is None or longest <= model.positions:
+        return None
+    found = f"the longest sequence has {longest} tokens, the model was made for {model.positions}"
+    return Misfit(found, f"set data.max_length to {model.positions} or less, and data.on_overlong")
+
+
+def frequencies_misfit(model: ModelShape, spans: Mapping[Branch, tuple[int, int]]) -> Misfit | None:
+    """A sequence's log-probability would depend on the other sequences that go through the model at the same time."""
+    own = model.frequencies
+    for branch, (shortest, longest) in spans.items():
+        if own is None or longest <= own.border or (own.kind == "longrope" and shortest > own.border):
+            continue
+        found = (
+            f"the model's rotary frequencies ({own.kind}) change for a whole batch where one sequence has more than "
+            f"{own.border} tokens, and the {branch} sequences have {shortest} to {longest}: a log-probability would "
+            "depend on the rows beside it"
+        )
+        or_longer = f", or keep rows whose {branch} sequences are all longer" if own.kind == "longrope" else ""
+        return Misfit(found, f"set data.max_length to {own.border}, and data.on_overlong{or_longer}")
+    return None
+
+
+def row_misfit(model: ModelShape, rows: RowSizes) -> Misfit | None:
+    """The first reason why rows cannot be trained on."""
+    checked = [None if rows.largest_id is None else vocabulary_misfit(model, rows.largest_id)]
+    checked.append(None if model.rotary else positions_misfit(model, rows.longest))
+    checked.append(frequencies_misfit(model, rows.spans))
+    return next((misfit for misfit in checked if misfit is not None), None)
+
+
+def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id."""
+    return max(tokenizer.get_vocab().values()) + 1

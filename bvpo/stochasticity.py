@@ -30,9 +30,9 @@ from bvpo.engines import TransformersEngine
 from bvpo.errors import UserError
 from bvpo.generation import Transformers
 from bvpo.journal import Journal
-from bvpo.pairs import encode_completion
+from bvpo.pairs import encode_completion, encode_prompt
 from bvpo.policy import completion_logps
-from bvpo.response_variance import QUANTITIES, Bootstrap, Draw, Figures, compare
+from bvpo.response_variance import QUANTITIES, Bootstrap, Draw, Draws, Figures, compare
 from bvpo.sampler import Job, Sampler, Sampling
 from bvpo.traces import MODES, Mode, think_format
 
@@ -101,16 +101,29 @@ def run(sampling: Sampling, study: Study = Study(), generate: bool = True, progr
         if generate:
             sampler.generate(responses)
         draws, other_ids = read_draws(sampler, responses, study.scorer)
-    kept = {
-        prompt: {mode: [draw for draw in own[mode] if study.cut == "include" or not draw.cut] for mode in MODES}
-        for prompt, own in draws.items()
-    }
     return Report(
-        compare(kept, study.intervals),
+        compare(_kept(draws, study, sampling.max_new_tokens), study.intervals),
         responses={mode: len(sampler.prompts) * sampling.samples for mode in MODES},
         cut={mode: sum(draw.cut for own in draws.values() for draw in own[mode]) for mode in MODES},
         other_ids=other_ids,
     )
+
+
+def _kept(draws: Draws, study: Study, limit: int) -> Draws:
+    """The responses that are looked at. Raises UserError where leaving out the cut ones leaves too few."""
+    if study.cut == "include":
+        return draws
+    kept = {p: {mode: [draw for draw in own[mode] if not draw.cut] for mode in MODES} for p, own in draws.items()}
+    if _compared(draws) and not _compared(kept):
+        raise UserError(
+            f"none of {len(draws)} prompts has two responses in both modes that were not cut at max_new_tokens "
+            f"{limit}: raise it, with another output, or give --study.cut include"
+        )
+    return kept
+
+
+def _compared(draws: Draws) -> bool:
+    return any(min(len(own[mode]) for mode in MODES) >= 2 for own in draws.values())
 
 
 def read_draws(
@@ -151,9 +164,12 @@ def _score(
     sequences = []
     for _, group in groupby(jobs, key=lambda job: (job.prompt.id, job.kind)):
         own = [job for job in group if responses[job.key]["same_ids"]]
-        prompt = sampler.prompt_ids(own[0].prompt, own[0].kind) if own else []
-        texts = (responses[job.key]["text"] for job in own)
-        sequences += [(job, prompt, encode_completion(sampler.tokenizer, t)) for job, t in zip(own, texts, strict=True)]
+        if own:
+            before = sampler.prompt_text(own[0].prompt, own[0].kind)
+            prompt = encode_prompt(sampler.tokenizer, before)
+        for job in own:
+            ids = encode_completion(sampler.tokenizer, responses[job.key]["text"], before)
+            sequences.append((job, prompt, ids))
     if not sequences:
         return
     sequences.sort(key=lambda sequence: -len(sequence[1]) - len(sequence[2]))
@@ -231,7 +247,11 @@ def _span(interval: tuple[float, float] | None) -> str:
 
 
 def write_report(report: Report, sampling: Sampling, study: Study) -> tuple[Path, Path]:
-    """`stochasticity.json`, the figures, and `stochasticity.csv`, the prompts' moments, in the folder of responses."""
+    """`stochasticity.json`, the figures, and `stochasticity.csv`, the prompts' moments, in the folder of responses.
+
+    Raises:
+        UserError: They cannot be written, or the disk takes no more.
+    """
     figures = report.figures
     options = {name: getattr(sampling, name) for name in (*SETTINGS, "prompts", "samples")}
     options |= {"think": asdict(think_format(sampling.think)), "study": asdict(study)}
@@ -239,12 +259,18 @@ def write_report(report: Report, sampling: Sampling, study: Study) -> tuple[Path
     counts |= {name: getattr(report, name) for name in ("responses", "cut", "other_ids")}
     comparisons = {key: asdict(own) for key, own in figures.comparisons.items()}
     summary, prompts = (sampling.work / f"stochasticity.{suffix}" for suffix in ("json", "csv"))
-    summary.write_text(json.dumps({"options": options} | counts | {"comparisons": comparisons}, indent=1) + "\n")
     columns = {f"{mode}_{name}": values for mode, own in figures.moments.items() for name, values in own.items()}
-    with prompts.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["prompt_id", *columns])
-        writer.writerows(zip(figures.prompts, *(values.tolist() for values in columns.values()), strict=True))
+    try:
+        summary.write_text(json.dumps({"options": options} | counts | {"comparisons": comparisons}, indent=1) + "\n")
+        with prompts.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["prompt_id", *columns])
+            writer.writerows(zip(figures.prompts, *(values.tolist() for values in columns.values()), strict=True))
+    except OSError as error:
+        raise UserError(
+            f"{sampling.work}: the report cannot be written: {error.strerror or error}. The responses are kept: make "
+            "room and start again"
+        ) from error
     return summary, prompts
 
 

@@ -24,13 +24,15 @@ class Stopped(BaseException):
 
     Args:
         number: Of the signal.
-        step: Optimizer steps that the checkpoint written for it has; None: none was written.
+        step: Optimizer steps that were taken, where a step was brought to its end.
+        saved: Whether `last.ckpt` is of that step.
     """
 
-    def __init__(self, number: int, step: int | None = None) -> None:
+    def __init__(self, number: int, step: int | None = None, saved: bool = True) -> None:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        kept = "" if step is None else f" behind optimizer step {step}, with a checkpoint"
-        super().__init__(f"stopped by {name}{kept}; --ckpt_path last goes on from the newest checkpoint")
+        place = "" if step is None else f" behind optimizer step {step}, {'with' if saved else 'without'} a checkpoint"
+        rest = "--ckpt_path last goes on from the newest checkpoint" if saved else "--checkpoint.save_last is false"
+        super().__init__(f"stopped by {name}{place}; {rest}")
         self.exit_code = 128 + number
 
 
@@ -115,9 +117,10 @@ class StopSignals(L.Callback):
             return
         own = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, StepCheckpoint)]
         for callback in own:
-            callback.save(trainer)
+            callback.end_step(trainer)
+        saved = [callback.save(trainer) for callback in own]
         if self._received:
-            raise Stopped(self._received, trainer.global_step if own else None)
+            raise Stopped(self._received, trainer.global_step, any(saved))
         self._deferred = False  # only measurements follow
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:

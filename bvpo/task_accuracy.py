@@ -90,7 +90,8 @@ class TaskAccuracy(L.Callback):
     """Measures the policy on held-out questions of the built-in tasks before and after a fit.
 
     The questions, and the seed of each response, are the same both times: the difference is a paired one. A policy
-    whose tokenizer has no chat template or no EOS cannot be asked: that is said once, and the fit goes on.
+    that cannot be asked, as its tokenizer has no chat template or no EOS or its cached steps are not those of a plain
+    forward pass, is not measured: that is said once, and the fit goes on.
 
     Args:
         questions: How many, at least 2.
@@ -117,6 +118,7 @@ class TaskAccuracy(L.Callback):
         self.batch_size, self.seed, self.measure_before = batch_size, seed, before
         self.before: dict[Mode, Accuracy] = {}
         self.after: dict[Mode, Accuracy] = {}
+        self._said: set[str] = set()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step == 0 and self.measure_before:
@@ -127,14 +129,30 @@ class TaskAccuracy(L.Callback):
 
     def _measure(self, trainer: L.Trainer, module: Any, when: str) -> dict[Mode, Accuracy]:
         tokenizer = load_tokenizer(module.policy_name)
-        if not tokenizer.chat_template or tokenizer.eos_token_id is None:
-            if when == "before":
-                lacks = "chat template" if not tokenizer.chat_template else "EOS token"
-                rank_zero_warn(f"{module.policy_name}: accuracy is not measured: the tokenizer has no {lacks}")
+        try:
+            results = self._answers(trainer, module, tokenizer, when)
+        except UserError as error:  # no reason to lose a fit
+            if str(error) not in self._said:
+                self._said.add(str(error))
+                rank_zero_warn(f"{module.policy_name}: accuracy is not measured: {error}")
             return {}
+        metrics = {f"accuracy/{mode}": result.mean for mode, result in results.items()}
+        metrics |= {f"accuracy/{mode}_standard_error": result.standard_error for mode, result in results.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        return results
+
+    def _answers(
+        self, trainer: L.Trainer, module: Any, tokenizer: PreTrainedTokenizerBase, when: str
+    ) -> dict[Mode, Accuracy]:
+        """Raises UserError where the policy cannot be asked."""
+        if not tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template")
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token")
         think = getattr(cast(Any, trainer).datamodule, "think", QWEN3)
         bars = trainer.progress_bar_callback is not None and trainer.is_global_zero
-        results = {
+        return {
             mode: answer_questions(
                 module.policy,
                 tokenizer,
@@ -149,11 +167,6 @@ class TaskAccuracy(L.Callback):
             )
             for mode in MODES
         }
-        metrics = {f"accuracy/{mode}": result.mean for mode, result in results.items()}
-        metrics |= {f"accuracy/{mode}_standard_error": result.standard_error for mode, result in results.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-        return results
 
     def state_dict(self) -> dict[str, Any]:
         return {mode: {"correct": r.correct, "truncated": r.truncated} for mode, r in self.before.items()}

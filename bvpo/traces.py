@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -94,21 +95,23 @@ class Response:
     """A completion cut at its tags, every character kept: `join(split(text)) == text`.
 
     `opened` tells whether the completion holds the open tag itself (Qwen3) or the prompt did (R1-Distill); `closed`
-    whether the trace was finished. An unfinished trace has an empty answer.
+    whether the trace was finished; `before` is the white space in front of the open tag (GLM-4.5 writes a line break).
+    An unfinished trace has an empty answer.
     """
 
     trace: str
     answer: str
     opened: bool
     closed: bool
+    before: str = ""
 
 
 def split(completion: str, think: ThinkFormat = QWEN3) -> Response:
     """Cut a `thinking` completion into trace and answer at the first close tag."""
-    opened = completion.startswith(think.open)
-    body = completion[len(think.open) :] if opened else completion
-    trace, tag, answer = body.partition(think.close)
-    return Response(trace, answer, opened, closed=bool(tag))
+    before, tag, body = completion.partition(think.open)
+    opened = bool(tag) and not before.strip()
+    trace, end, answer = (body if opened else completion).partition(think.close)
+    return Response(trace, answer, opened, closed=bool(end), before=before if opened else "")
 
 
 def join(response: Response, think: ThinkFormat = QWEN3) -> str:
@@ -117,7 +120,7 @@ def join(response: Response, think: ThinkFormat = QWEN3) -> str:
     Raises:
         UserError: The response is not what `split` gives: its trace holds a tag, or an unfinished trace has an answer.
     """
-    head = think.open if response.opened else ""
+    head = response.before + think.open if response.opened else ""
     tail = think.close + response.answer if response.closed else ""
     text = head + response.trace + tail
     if split(text, think) != response:
@@ -200,8 +203,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, mode
         text = tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=True, enable_thinking=mode == "thinking"
         )
-    except TemplateError as error:
-        raise UserError(f"the chat template of {tokenizer.name_or_path!r} refuses the conversation: {error}") from error
+    except (TemplateError, TypeError, ValueError) as error:  # the latter are what templates run into, and transformers
+        cause = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"the chat template of {tokenizer.name_or_path!r} refuses the conversation: {cause}") from error
     assert isinstance(text, str)
     return text
 
@@ -218,11 +222,14 @@ def own_stops(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether generation starts from BOS: as the chat template has it or, without one, as the tokenizer does."""
+    """Whether generation starts from BOS: as the chat template has it or, where there is none for text (those of
+    vision models take parts), as the tokenizer does."""
     if tokenizer.bos_token is None:
         return False
     if tokenizer.chat_template:
-        return _render(tokenizer, [{"role": "user", "content": ""}], "thinking").startswith(str(tokenizer.bos_token))
+        with suppress(UserError):
+            text = _render(tokenizer, [{"role": "user", "content": ""}], "thinking")
+            return text.startswith(str(tokenizer.bos_token))
     return list(tokenizer("").input_ids)[:1] == [tokenizer.bos_token_id]
 
 
@@ -238,6 +245,6 @@ def check_template(fingerprints: Iterable[str | None], tokenizer: PreTrainedToke
         if found is not None and found != own:
             raise UserError(
                 f"{source}, row {number}: its prompts were written with another chat template (template_sha "
-                f"{found[:12]}…) than that of {tokenizer.name_or_path!r} ({own[:12]}…): train with the tokenizer that "
-                "the rows were sampled with, or sample them anew"
+                f"{str(found)[:12]}…) than that of {tokenizer.name_or_path!r} ({own[:12]}…): train with the tokenizer "
+                "that the rows were sampled with, or sample them anew"
             )

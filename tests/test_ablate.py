@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import math
 import os
 import re
@@ -12,18 +13,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from bvpo import ablate, fit
+from bvpo import ablate, ablation_table, fit
 from bvpo.ablation_table import Metric, compare, estimate, fits_csv, table_csv, table_markdown
 from bvpo.cell import ATTEMPT, last_words
 from bvpo.errors import UserError
 from bvpo.grid import load_grid
-from bvpo.grid_run import time_left
+from bvpo.grid_run import check_settings, time_left
 from tests.conftest import make_rows, write_rows
 
 Write = Callable[..., Path]
@@ -104,12 +106,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown class": ({"cells": {"a": {"model.mixing": "bvpo.mixing.Best"}}}, "cell a: .*Best"),
     "no such config": ({"base": {"config": "none.yaml"}}, "base: config .*none.yaml: there is no such file"),
     "the command's own option": ({"cells": {"a": {"seed_everything": 1}}}, "a: seed_everything is not .*: give seeds"),
+    "the same, nested": ({"cells": {"a": {"trainer": {"default_root_dir": "x"}}}}, "a: trainer.default.* give output"),
+    "no log": (
+        {"base": {"trainer": {"logger": False}}},
+        "base: trainer.logger is not .*: results are read from metrics",
+    ),
     "neither cells nor grid": ({"cells": None}, "expected cells or a grid"),
     "cells as a list": ({"cells": ["a"]}, "cells: expected names with values"),
     "options as a text": ({"cells": {"a": "fast"}}, "cell a: expected options with values, found 'fast'"),
     "a value for a list": ({"grid": {"model.beta": 0.1}}, "grid: model.beta: expected a list of values, found 0.1"),
     "no values": ({"grid": {"model.beta": []}}, "grid: model.beta: expected a list of values"),
     "unknown baseline": ({"baseline": "c"}, "there is no cell 'c'; expected one of a, b"),
+    "a list as baseline": ({"baseline": ["a"]}, r"baseline: expected the name of a cell, found \['a'\]"),
+    "a mapping as baseline": ({"baseline": {"a": 1}}, "baseline: expected the name of a cell, found {'a': 1}"),
+    "an open quote": ({"prepare": ["python -c 'print(1)"]}, "prepare: python -c 'print.1.: No closing quotation"),
+    "a blank command": ({"prepare": ["  "]}, "prepare: expected commands, found '  '"),
+    "the jobs' own folder": (
+        {"cells": {"jobs": {}}, "baseline": None},
+        "cell 'jobs': its folder would be no cell's own",
+    ),
+    "a folder above": ({"cells": {"..": {}}, "baseline": None}, "cell '..': its folder would be no cell's own"),
     "the same name twice": ({"grid": {"model.beta": [0.1, 0.1]}}, "2 cells of that name 'a, beta=0.1'"),
     "the same folder twice": ({"cells": {"a/b": {}, "a b": {}}, "baseline": None}, "2 cells whose folder is 'a_b'"),
     "no seeds": ({"seeds": 0}, "seeds: expected how many"),
@@ -134,6 +150,44 @@ def test_what_a_grid_may_not_say(case: str, write: Write, capsys: pytest.Capture
     assert not (path.parent / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cells: {a: {model.beta: 0.1}, b: {},\n  a: {model.beta: 0.2}}", "line 2: 'a' is there twice"),
+        ("seeds: 1\ncells: {a: {}}\n\nseeds: 2", "line 4: 'seeds' is there twice"),
+        ("cells: {1: {}, '1': {}}", "line 1: '1' is there twice"),
+        ("cells: {a: !cell {}}", "line 1: could not determine a constructor for the tag '!cell'"),
+    ],
+)
+def test_a_name_that_is_there_twice_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    """YAML's own loader takes the last one and says nothing."""
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: {message}"):
+        load_grid(path)
+
+
+def test_words_and_dates_are_texts_and_numbers_are_names(write: Write) -> None:
+    """`off` is a choice of model.packing, and YAML's own loader makes a boolean of it; 2026-01-01 may name rows."""
+    path = write(cells=None, baseline=None)
+    own = "{model.packing: off, data.train: 2026-01-01, data.bucket_by_length: true}"
+    merged = "2.0: {<<: *own, model.packing: auto}"
+    path.write_text(path.read_text() + f"cells: {{1.0: &own {own}, {merged}}}\nbaseline: 1.0\n")
+    grid = load_grid(path)
+    assert [(cell.name, cell.baseline) for cell in grid.cells] == [("1.0", "1.0"), ("2.0", "1.0")]
+    first, second = (yaml.safe_load(cell.settings) for cell in grid.cells)
+    assert (first["model"]["packing"], second["model"]["packing"]) == ("off", "auto")
+    assert first["data"]["train"] == second["data"]["train"] == "2026-01-01"
+    assert first["data"]["bucket_by_length"] is True
+
+
+def test_a_config_without_a_log_is_refused(write: Write) -> None:
+    path = write()
+    (path.parent / "silent.yaml").write_text("trainer: {logger: false}")
+    with pytest.raises(UserError, match=r"cell a: a config sets trainer.logger to false: results are read from"):
+        load_grid(path, [f"--config={path.parent / 'silent.yaml'}"])
+
+
 def test_a_file_that_is_no_grid(tmp_path: Path) -> None:
     broken, text = tmp_path / "broken.yaml", tmp_path / "text.yaml"
     broken.write_text("cells: [")
@@ -150,13 +204,60 @@ def test_a_file_that_is_no_grid(tmp_path: Path) -> None:
         ("--slurm={}", 'Could not detect "srun"'),
         ("--model.betta=1", "cell a: .*betta"),
         ("--seeds=[]", "seeds: expected how many"),
+        ("--seed_everything=5", "the command line: seed_everything is not .*: give seeds"),
+        ("--trainer.default_root_dir x", "the command line: trainer.default_root_dir is not .*: give output"),
+        ("--trainer={logger: false}", "the command line: trainer.logger is not .*: results are read"),
     ],
 )
 def test_options_of_the_command(option: str, message: str, write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     if option.startswith("--slurm") and shutil.which("srun"):
         pytest.skip("there is a Slurm here")
-    assert ablate.main([str(write()), option]) == 2
+    words = option.split() if " x" in option else [option]
+    assert ablate.main([str(write()), *words]) == 2
     assert re.search(f"^error: .*{message}", capsys.readouterr().err)
+
+
+def test_a_table_names_the_command_that_made_it() -> None:
+    """Its overrides too, quoted for a shell; how many fits ran at once and where says nothing about the numbers."""
+    words = ["my grids/g.yaml", "--jobs=3", "--report", "--seeds", "[3, 1]", "--output", "out dir", "--slurm={}"]
+    found = ablate.command(*ablate.parse([*words, "--trainer.max_epochs=3", "--model.mixing", "bvpo.mixing.Optimal"]))
+    assert found == (
+        "python -m bvpo.ablate 'my grids/g.yaml' '--output=out dir' '--seeds=[3, 1]' --trainer.max_epochs=3 "
+        "--model.mixing bvpo.mixing.Optimal"
+    )
+    assert ablate.command(*ablate.parse(["g.yaml"])) == "python -m bvpo.ablate g.yaml"
+
+
+@pytest.mark.parametrize("trace", ["none", "log", "finished", "checkpoint", "lock"])
+def test_a_cell_can_be_mended_until_one_of_its_fits_has_taken_a_step(trace: str, write: Write, tmp_path: Path) -> None:
+    """A fit that failed before it leaves a folder, a lock that nobody holds and perhaps a log without a row."""
+    check_settings(load_grid(write(seeds=2)))
+    before, after = (tmp_path / "out" / cell / "settings.yaml" for cell in "ab")
+    seed = before.parent / "seed_1"
+    run = seed / "version_0"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "metrics.csv").write_text("loss/mixed,step\n" + "0.7,0\n" * (trace == "log"))
+    written = {"finished": "finished.json", "checkpoint": "checkpoints/last.ckpt"}
+    if trace in written:
+        (run / written[trace]).touch()
+    mended = load_grid(write(seeds=2, cells={"a": {"model.beta": 0.7}, "b": {"model.beta": 0.3}}))
+    with (seed / "lock_0").open("ab") as lock:
+        if trace == "lock":
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if trace == "none":
+            check_settings(mended)
+            assert yaml.safe_load(before.read_text())["model"]["beta"] == 0.7
+        else:
+            with pytest.raises(UserError, match=r"cell a with other settings .model.beta: None → 0.7"):
+                check_settings(mended)
+            assert yaml.safe_load(before.read_text())["model"]["beta"] is None
+    assert yaml.safe_load(after.read_text())["model"]["beta"] == 0.3
+
+
+def test_a_name_that_is_too_long_for_a_folder_is_an_error(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="cannot be written: File name too long"):
+        check_settings(load_grid(write(cells={"a" * 300: {}}, baseline=None)))
 
 
 def test_a_report_runs_nothing(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,6 +289,17 @@ def test_an_estimate_by_hand() -> None:
 def test_one_seed_has_no_interval_and_none_has_no_mean() -> None:
     assert estimate([2.0]).standard_error is None and estimate([2.0]).low is None
     assert math.isnan(estimate([]).mean)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_seed_that_is_no_number_is_shown_and_leaves_no_interval(broken: float, tmp_path: Path) -> None:
+    """A metric of a fit that diverged: the table is made, in which the other cells are as they were."""
+    values = {"a": {0: {"x": 1.0}, 1: {"x": 2.0}}, "b": {0: {"x": 1.5}, 1: {"x": broken}}}
+    a, b = compare(values, {"a": "a", "b": "a"}, METRICS)
+    assert (b.value.standard_error, b.value.low, b.value.seeds) == (None, None, 2)
+    lines = table_markdown([a, b], "how it was made").splitlines()[4:]
+    assert lines == ["| a | 2 | 1.50 ± 0.50 |  |", f"| b | 2 | {broken} | +{broken} |"]
+    ablation_table.plot([a, b], tmp_path / "table.png")
 
 
 def test_the_t_interval_covers_as_often_as_it_says() -> None:
@@ -313,6 +425,13 @@ def test_a_failed_fit_is_tried_again(write: Write, tmp_path: Path, capsys: pytes
     assert ablate.main([str(path)]) == 0
 
 
+@pytest.mark.slow
+def test_a_failed_cell_is_mended_in_the_file(write: Write, tmp_path: Path, pairs_file: Path) -> None:
+    assert ablate.main([str(write(cells={"a": {"data.train": str(tmp_path / "typo.jsonl")}}, baseline=None))]) == 1
+    assert ablate.main([str(write(cells={"a": {"data.train": str(pairs_file)}}, baseline=None)), "--seeds=1"]) == 0
+    assert f"--seeds=1`, {date.today()}" in (tmp_path / "out" / "table.md").read_text()
+
+
 def start(path: Path, *options: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "bvpo.ablate", str(path), *options]
     return subprocess.Popen(
@@ -329,8 +448,6 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
 
 def locked(folder: Path) -> bool:
     """Whether a fit runs in the folder."""
-    import fcntl
-
     with (folder / "lock_0").open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

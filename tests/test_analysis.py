@@ -29,6 +29,8 @@ from bvpo.analysis import (
 from bvpo.errors import UserError
 from bvpo.mixing import AlphaEstimate, optimal_alpha
 from bvpo.oracle import Oracle
+from bvpo.runs import note_ranks
+from tests.conftest import make_rows, write_rows
 
 RUN_PLOTS = [
     plots.plot_variance,
@@ -107,6 +109,33 @@ def test_processes_that_the_configuration_leaves_open_are_asked_for(
     assert read_run(folder(**trainer), ranks=8).batch_size == 64
 
 
+def test_processes_are_read_as_the_run_noted_them(folder: Callable[..., Path]) -> None:
+    """`devices: auto` on GPUs, as experiments/scale has it; what is given comes first."""
+    path = folder(accelerator="gpu")
+    note_ranks(path, 8)
+    assert read_run(path).batch_size == 64 and read_run(path, ranks=2).batch_size == 16
+
+
+def test_a_fit_notes_its_processes(fit_llama: Callable[..., Path]) -> None:
+    run = fit_llama("--trainer.max_steps=1")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["trainer"]["accelerator"] = "auto"  # alone it leaves the processes open
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert read_run(run).batch_size == config["model"]["accumulate"] * config["data"]["batch_size"]
+
+
+def test_a_torn_last_row_is_no_row(folder: Callable[..., Path]) -> None:
+    """As a kill, a full disk or a copy of a running run leaves it: 0.5 of step 2 was to be 0.55."""
+    path = folder() / "metrics.csv"
+    whole = path.read_text()
+    for torn in ("2", "2,0.5", "2,0.5,0.7"):
+        path.write_text(whole + torn)
+        assert list(read_run(path.parent).log.index) == [0, 1]
+    path.write_text("step,mixing/alpha")
+    with pytest.raises(UserError, match="nothing is logged yet"):
+        read_run(path.parent)
+
+
 def test_what_is_no_run_is_refused(folder: Callable[..., Path]) -> None:
     path = folder()
     (path / "metrics.csv").write_text("step,mixing/alpha\n")
@@ -181,6 +210,55 @@ def test_the_log_gives_the_estimate_that_the_fit_made(fit_llama: Callable[..., P
     assert len(run) == 6 and run.logged("variance/mixed", "gradient/cosine")
 
 
+def table_values(text: str) -> dict[str, float]:
+    """The numbers of the table that a fit ends with."""
+    rows = [line.split("│")[1:3] for line in text.splitlines() if line.startswith("│ variance")]
+    return {name.strip(): float(value) for name, value in rows}
+
+
+@pytest.mark.parametrize(("alpha", "estimator"), [(0, "empty"), (1, "trace")])
+def test_rows_with_one_pair_only_count_where_they_have_one(
+    alpha: int, estimator: str, fit_llama: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of four rows, two have both pairs, one the trace pair, one the empty-trace pair. At α = 0 the mixed gradient is
+    the empty-trace one and at α = 1 the trace gradient: figure, table and log give one variance."""
+    without = {1: "empty_", 3: ("prompt", "chosen", "rejected")}
+    rows = [
+        {k: v for k, v in row.items() if k == "prompt_id" or not k.startswith(without.get(i % 4, "-"))}
+        for i, row in enumerate(make_rows(48))
+    ]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    options = ["--data.on_one_sided=keep", "--data.batch_size=8", "--trainer.max_steps=5"]
+    run = read_run(fit_llama(f"--data.train={source}", f"--model.mixing.alpha={alpha}", *options))
+    mixed = run.series("variance/mixed").iloc[-1]
+    pairs = run.log[[f"pairs/{of}" for of in ("trace", "empty", "both")]].iloc[-1]
+    assert 0.5 < pairs["pairs/trace"] < 1 and pairs["pairs/both"] == pytest.approx(pairs.iloc[:2].sum() - 1)
+    (axes,) = plots.plot_variance(run).axes
+    drawn = {str(line.get_label()): np.asarray(line.get_ydata())[-1] for line in axes.lines}
+    assert drawn[plots.NAMES[estimator]] == pytest.approx(mixed, rel=1e-6)
+    shown = table_values(capsys.readouterr().out)
+    assert shown[f"variance, {estimator}"] == shown["variance, mixed"] == pytest.approx(mixed, rel=0.01)
+    terms, estimate = last_error_terms(run), run.series("mixing/alpha_estimate").iloc[-1]
+    assert terms is not None and float(optimal_alpha(*terms.values(), run.batch_size)) == pytest.approx(estimate)
+
+
+def test_pairs_of_a_row_scale_what_is_of_one_pair() -> None:
+    """B = 16 with 0.5 trace pairs a row, 0.8 empty ones, 0.3 both: of 8 pairs, of 12.8, and 0.3/(0.5 · 0.8) = 0.75 of
+    the covariance. A run without these keys has both pairs in every row; 0 of both leaves no covariance."""
+    keys: dict[str, Any] = {f"variance__{name}": [8.0] for name in ("trace", "empty", "covariance")}
+    keys |= {"bias__empty_sq": [1.0], "mixing__alpha_estimate": [0.5], "gradient__noise_scale_trace": [10.0]}
+    run = run_of(1, pairs__trace=[0.5], pairs__empty=[0.8], pairs__both=[0.3], **keys)
+    assert run.batch_variance("trace").iloc[0] == 1.0 and run.batch_variance("empty").iloc[0] == pytest.approx(0.625)
+    terms = last_error_terms(run)
+    assert terms is not None and [float(value) for value in terms.values()[3:]] == pytest.approx([16.0, 10.0, 6.0])
+    (axes,) = plots.plot_noise_scale(run).axes
+    assert list(np.asarray(axes.lines[0].get_ydata())) == [20.0]  # 10 pairs are in 20 rows
+    assert run_of(1, **keys).batch_variance("trace").iloc[0] == 0.5
+    del keys["variance__covariance"]
+    terms = last_error_terms(run_of(1, pairs__trace=[0.5], pairs__empty=[0.5], pairs__both=[0.0], **keys))
+    assert terms is not None and [float(value) for value in terms.values()[3:]] == [16.0, 16.0, 0.0]
+
+
 def test_the_terms_need_the_trace_anchor() -> None:
     keys: dict[str, Any] = {f"variance__{name}": [1.0] for name in ("trace", "empty", "covariance")}
     keys |= {"bias__empty_sq": [1.0], "mixing__alpha_estimate": [0.5]}
@@ -202,6 +280,18 @@ def test_a_run_without_statistics_can_be_drawn(plot: Callable[[Run], Figure], tm
 def test_figures_say_what_is_absent() -> None:
     assert "needs --model.mixing.anchor marginal" in texts(plots.plot_trace_variance(run_of(2)))
     assert "need --model.mixing.anchor trace" in texts(plots.plot_batch_sizes(run_of(2, "marginal")))
+
+
+@pytest.mark.parametrize(("reused", "intervals"), [(0.0, 1), (0.1, 0)])
+def test_the_batch_in_use_has_the_interval_of_its_own_step(reused: float, intervals: int) -> None:
+    """Prompts met again in the last step leave it none, whatever the steps before had."""
+    keys: dict[str, Any] = {f"variance__{name}": [1.0] * 4 for name in ("trace", "empty", "covariance")}
+    keys |= {"bias__empty_sq": [1.0] * 4, "mixing__alpha_estimate": [0.1, 0.2, 0.3, 0.4]}
+    keys |= {"mixing__alpha_standard_error": [0.05] * 4, "mixing__reused_fraction": [0.0, 0.0, 0.0, reused]}
+    (axes,) = plots.plot_batch_sizes(run_of(4, **keys)).axes
+    assert [line.get_label() for line in axes.lines].count("95% interval") == intervals
+    assert axes.get_ylabel() == "α̂, after step 3"
+    assert "B = 16: α̂ = 0.40" in [line.get_label() for line in axes.lines]
 
 
 def test_theorem_1_is_applied_to_what_was_measured() -> None:
@@ -275,6 +365,22 @@ def test_cells_with_a_weight_of_their_own_are_named(grid: GridResults, tmp_path:
     assert axes.get_xlabel() == "α in use" and axes.get_title() == "accuracy"
     for own in (figure, plots.plot_cells(grid)):
         own.savefig(tmp_path / "plot.png")
+
+
+def test_metrics_of_different_seeds_are_drawn_over_the_common_ones(tmp_path: Path) -> None:
+    """BVPO logs the weight at seeds 0 and 1, and the loss at 1 and 2; DPO has no weight at all."""
+    values = {
+        "BVPO": {0: {"α": 0.3}, 1: {"loss": 0.5, "α": 0.4}, 2: {"loss": 0.6}},
+        "DPO": {seed: {"loss": 0.7} for seed in range(3)},
+    }
+    metrics = [Metric("loss", ("l",)), Metric("α", ("a",))]
+    write(compare(values, dict.fromkeys(values, "DPO"), metrics), values, "A note.", tmp_path)
+    grid = read_grid(tmp_path)
+    (axes,) = plots.plot_against(grid, "α").axes
+    seeds = axes.lines[0]
+    assert (list(np.asarray(seeds.get_xdata())), list(np.asarray(seeds.get_ydata()))) == ([0.4], [0.5])
+    for figure in (plots.plot_against(grid, "loss"), plots.plot_cells(grid), plots.plot_differences(grid)):
+        figure.savefig(tmp_path / "plot.png")
 
 
 def test_a_grid_of_single_fits_without_a_baseline_can_be_drawn(tmp_path: Path) -> None:

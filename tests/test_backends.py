@@ -7,6 +7,7 @@ requests are right, not that vLLM is. The server is a real one over HTTP, with f
 from __future__ import annotations
 
 import json
+import math
 import socket
 import sys
 import threading
@@ -134,7 +135,7 @@ def test_vllm_refuses_what_it_cannot_answer(engines: list[FakeEngine]) -> None:
     backend = VLLM("some/model")
     with pytest.raises(UserError, match="request 1: the prompt is empty"):
         backend.complete([Request([], 0)], DECODING, STOPS)
-    with pytest.raises(UserError, match="100 positions"):
+    with pytest.raises(UserError, match=r"the model has 100 positions \(max_model_len\): shorten the prompt"):
         backend.complete([Request([5] * 96, 0)], DECODING, STOPS)
     with pytest.raises(UserError, match=r"ended by 'stop' at token \[3\]"):
         list(backend.complete(REQUESTS, DECODING, [4]))
@@ -417,12 +418,110 @@ def test_answers_that_came_before_a_refusal_are_kept(server: FaultyServer) -> No
         ({"choices": [{"text": "a", "finish_reason": "stop", "token_ids": [9]}]}, r"ended by 'stop' at token \[9\]"),
         ({"choices": []}, "no completion"),
         (["hello"], "no completion"),
+        *(
+            ({"choices": [{"finish_reason": "length", "token_ids": ids}]}, r"request \d+: expected a list of token ids")
+            for ids in (["9"], [9.0], [9, None], [[9]], {"9": 9}, "nine", 9, [-1], [True], [10**30], [2**31])
+        ),
+        ({"choices": [{"finish_reason": "length", "token_ids": []}]}, "0 tokens, asked for 1 to 5 "),
+        ({"choices": [{"finish_reason": "length", "token_ids": [9] * 6}]}, r"6 tokens, .* 5 \(max_new_tokens\)"),
     ],
 )
 def test_answers_that_cannot_be_used_are_refused(server: FaultyServer, answer: Any, message: str) -> None:
     server.answer = lambda asked: answer
     with pytest.raises(UserError, match=message):
         list(client(server.server_port).complete(REQUESTS, DECODING, STOPS))
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "message"),
+    [
+        ([-1.0, math.nan], "its log-probability is nan, no finite number"),
+        ([-1.0, -math.inf], "its log-probability is -inf"),
+        ([-1.0, None], "no completion"),
+        ([-1.0], "not as many log-probabilities as tokens"),
+    ],
+)
+def test_logprobs_that_are_none_are_refused(server: FaultyServer, logprobs: list[Any], message: str) -> None:
+    choice = {"finish_reason": "length", "token_ids": [9, 9], "logprobs": {"token_logprobs": logprobs}}
+    server.answer = lambda asked: {"choices": [choice]}
+    with pytest.raises(UserError, match=message):
+        list(client(server.server_port).complete(REQUESTS[:1], Decoding(1.0, max_new_tokens=2), STOPS))
+
+
+def test_a_refusal_names_what_was_asked_for(server: FaultyServer) -> None:
+    server.faults = {20: [status(400, b'{"message": "too long"}')]}
+    named = replace(REQUESTS[0], name="prompt 17, thinking, response 2")
+    with pytest.raises(UserError, match=r"refused request 1 \(prompt 17, thinking, response 2\) with status 400"):
+        list(client(server.server_port).complete([named], DECODING, STOPS))
+
+
+def test_json_that_is_too_deep_is_a_fault(server: FaultyServer) -> None:
+    deep = b'{"choices":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    server.faults = {20: [lambda handler, body: send(handler, deep), status(503, deep)]}
+    answers = dict(client(server.server_port).complete(REQUESTS[:1], DECODING, STOPS))
+    assert answers == {0: expected(REQUESTS[0], logprob=False)}
+
+
+@pytest.mark.parametrize(("asked", "waited"), [("1", 1.0), (" 1 ", 1.0), ("3600", 2.0), ("Thu, 01 Jan 2099", 0.0)])
+def test_a_server_that_asks_for_time_is_given_it_within_the_patience(
+    server: FaultyServer, asked: str, waited: float
+) -> None:
+    """Then the request is tried once more."""
+
+    def later(handler: Handler, body: bytes) -> None:
+        moments.append(time.monotonic())
+        handler.send_response(429)
+        handler.send_header("Retry-After", asked)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    def then(handler: Handler, body: bytes) -> None:
+        moments.append(time.monotonic())
+        send(handler, body)
+
+    moments: list[float] = []
+    server.faults = {20: [later, then]}
+    patience = replace(SHORT, seconds=2, connect=10, answer=30)
+    [(_, answer)] = client(server.server_port, patience).complete(REQUESTS[:1], DECODING, STOPS)
+    assert answer == expected(REQUESTS[0], logprob=False)
+    assert moments[1] - moments[0] >= waited - 0.05  # a busy machine is late
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attempts": 0}, "patience.attempts must be ≥ 1, got 0"),
+        ({"seconds": -1}, "patience.seconds must be ≥ 0, got -1"),
+        ({"first_delay": math.nan}, "patience.first_delay must be ≥ 0 and"),
+        ({"longest_delay": math.inf}, "patience.longest_delay must be ≥ 0 and"),
+        ({"connect": -1}, r"patience.connect must be > 0 and ≤ 1e\+08 seconds, got -1"),
+        ({"answer": 0}, "patience.answer must be > 0"),
+        ({"answer": 1e300}, "patience.answer must be > 0"),
+    ],
+)
+def test_patience_that_is_none_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Patience(**options)
+
+
+@pytest.mark.parametrize("concurrency", [0, -1])
+def test_a_server_is_asked_something(concurrency: int) -> None:
+    with pytest.raises(UserError, match="concurrency must be ≥ 1, got"):
+        client(1, concurrency=concurrency)
+
+
+def test_a_key_is_sent_without_its_line_break(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", " s3cret\n")
+    list(client(server.server_port, api_key_variable="SOME_KEY").complete(REQUESTS[:1], DECODING, STOPS))
+    assert server.headers[0]["Authorization"] == "Bearer s3cret"
+
+
+@pytest.mark.parametrize("key", ["s3cret\ns3cret", "s3cret\x7f", "s3cret–"])
+def test_a_key_that_cannot_be_sent_is_refused_unsaid(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", key)
+    with pytest.raises(UserError, match="no header takes") as caught:
+        client(1, api_key_variable="SOME_KEY")
+    assert "s3cret" not in str(caught.value)
 
 
 def test_the_key_comes_from_the_environment_and_is_never_said(
@@ -440,7 +539,15 @@ def test_the_key_comes_from_the_environment_and_is_never_said(
 
 
 def test_addresses_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for url in ("localhost:8000/v1", "ftp://somewhere/v1", "http://"):
+    strange = ("http://localhost:abc/v1", "http://localhost:99999/v1", "http://[::1/v1", "http://localhost/v 1")
+    for url in (
+        "localhost:8000/v1",
+        "ftp://somewhere/v1",
+        "http://",
+        "http://localhost/v1?a=1",
+        "http://é/v1",
+        *strange,
+    ):
         with pytest.raises(UserError, match="not a server's URL"):
             Server(url, "m")
 
@@ -480,7 +587,7 @@ def test_the_tiny_reasoner_behind_a_server_is_the_tiny_reasoner(server: FaultySe
                 Decoding(asked["temperature"], asked["top_p"], asked["max_tokens"]),
                 eos_token_ids=asked["stop_token_ids"],
             )
-        logprobs = {"token_logprobs": [end.logprob]}
+        logprobs = {"token_logprobs": [end.logprob] + [0.0] * (len(end.token_ids) - 1)}
         return {"choices": [{"finish_reason": end.finish_reason, "token_ids": end.token_ids, "logprobs": logprobs}]}
 
     own, server.answer = threading.Lock(), answer

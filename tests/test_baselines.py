@@ -130,6 +130,54 @@ def test_what_cannot_be_derived(case: str, tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "out.parquet").exists()
 
 
+@pytest.mark.parametrize("absent", ["trace", "answer", "score", "finish_reason"])
+def test_candidates_may_lack_fields_in_parquet(absent: str, tmp_path: Path) -> None:
+    """A struct has the fields of its file alone; without a trace or an answer no candidate is the pair's own."""
+    row = make_rows(1)[0] | {
+        "chosen": "<think>\nslow\n</think>\n\n12<|im_end|>",
+        "rejected": "<think>\nother\n</think>\n\n3<|im_end|>",
+        "trace_candidates": [{k: v for k, v in own.items() if k != absent} for own in CANDIDATES],
+    }
+    source, output = tmp_path / "rows.parquet", tmp_path / "out.parquet"
+    datasets.Dataset.from_list([row]).to_parquet(source)
+    if absent in ("trace", "answer"):
+        with pytest.raises(
+            UserError, match=r"rows\.parquet, row 1: its chosen or its rejected completion is not among"
+        ):
+            derive.derive(str(source), SeveralTraces(2), output, QWEN3)
+    else:
+        assert derive.derive(str(source), SeveralTraces(2), output, QWEN3) == (1, 2)
+
+
+def test_a_null_among_candidates_is_refused_and_a_null_trace_is_no_trace(tmp_path: Path) -> None:
+    row = make_rows(1)[0] | {
+        "chosen": "<think>\nslow\n</think>\n\n12<|im_end|>",
+        "rejected": "<think>\nother\n</think>\n\n3<|im_end|>",
+        "trace_candidates": [*CANDIDATES, candidate("", "12") | {"trace": None}],
+    }
+    output = tmp_path / "out.jsonl"
+    source = str(write_rows(tmp_path / "rows.jsonl", [row]))
+    assert derive.derive(source, SeveralTraces(8), output, QWEN3) == (1, 8)
+    assert len({own["chosen"] for own in load_rows(str(output), one_sided=True)}) == 2  # slow and fast
+    row["trace_candidates"].append(None)
+    source = str(write_rows(tmp_path / "null.jsonl", [row]))
+    with pytest.raises(UserError, match=r"null\.jsonl, row 1: field trace_candidates: .*found null in the list"):
+        derive.derive(source, SeveralTraces(8), output, QWEN3)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.new.jsonl", "other/../rows.jsonl", "link.jsonl"])
+def test_rows_are_never_overwritten_by_what_is_made_of_them(name: str, tmp_path: Path) -> None:
+    """The same path, the same file by another name, and the one that a new file is written to first."""
+    read = tmp_path / ("rows.new.jsonl" if name == "rows.new.jsonl" else "rows.jsonl")
+    write_rows(read, make_rows(3))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(read)
+    before, output = read.read_bytes(), tmp_path / ("rows.jsonl" if name == "rows.new.jsonl" else name)
+    with pytest.raises(UserError, match=r"would overwrite .*, which the rows are read from; give another file"):
+        derive.derive(str(read), Pooled(), output, QWEN3)
+    assert read.read_bytes() == before
+
+
 def test_an_output_of_another_kind_is_refused(tmp_path: Path) -> None:
     rows = str(write_rows(tmp_path / "rows.jsonl", make_rows(3)))
     with pytest.raises(UserError, match=r"expected a \.parquet or \.jsonl file"):

@@ -1,4 +1,4 @@
-"""The benchmarks are scripts beside the package: what they import is still there, and figures go with what they need."""
+"""The benchmarks are scripts beside the package: what they import is there, and figures go with what they need."""
 
 from __future__ import annotations
 

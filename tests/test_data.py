@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -11,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from bvpo.batches import collate
-from bvpo.data import Microbatch, Microbatches, PairData, PairLoader, StepSampler
+from bvpo.data import InOrder, Microbatch, Microbatches, PairData, PairLoader, StepSampler
 from bvpo.errors import UserError
 from bvpo.pairs import TEXT_COLUMNS, encode_prompt, load_rows, prompt_key, tokenize_row, tokenize_rows
 from tests.conftest import EOS, make_rows, write_rows
@@ -164,3 +165,77 @@ def test_rows_of_a_prompt_are_drawn_together() -> None:
     ]
     with pytest.raises(UserError, match="multiple of rows_together"):
         PairData(batch_size=6, rows_together=4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_of_a_prompt_stand_in_one_microbatch_sorted_by_length_too(ranks: int) -> None:
+    """Groups of two are sorted by their longer row; each rank's microbatches hold whole groups, none of them twice."""
+    lengths = [(7 * row) % 31 for row in range(40)]
+    own = [list(StepSampler(40, 4, 2, rank=rank, ranks=ranks, lengths=lengths, together=2)) for rank in range(ranks)]
+    rows = [microbatch.rows for mine in own for microbatch in mine]
+    groups = [(first, second) for batch in rows for first, second in zip(batch[::2], batch[1::2], strict=True)]
+    assert sorted(groups) == [(row, row + 1) for row in range(0, 40, 2)]
+    step = [max(lengths[a], lengths[a + 1]) for batches in zip(*own, strict=True) for m in batches for a in m.rows[::2]]
+    for start in range(0, 20, 4 * ranks):  # an optimizer batch: its first microbatch has its shorter groups
+        longest = step[start : start + 4 * ranks]
+        assert sorted(longest[: 2 * ranks]) + sorted(longest[2 * ranks :]) == sorted(longest)
+
+
+def two_of_a_prompt(count: int) -> list[dict[str, Any]]:
+    return [{**row, "prompt_id": f"p{index // 2}"} for index, row in enumerate(make_rows(count))]
+
+
+def test_a_group_that_loses_a_row_is_left_out_whole(llama_folder: Path, tmp_path: Path) -> None:
+    """Rows 2 and 5 of twelve are bad, row 9 is too long: three groups of two leave, and no microbatch mixes prompts."""
+    rows = two_of_a_prompt(12)
+    for index in (1, 4):
+        rows[index]["chosen"] = "<think> w1" + EOS
+    rows[8]["chosen"] = "<think> " + "w1 " * 99 + "</think> w1" + EOS
+    source = str(write_rows(tmp_path / "rows.jsonl", rows))
+    options: dict[str, Any] = {"on_bad_row": "drop", "max_length": 100, "on_overlong": "drop"}
+    data = PairData(source, source, 2, tokenizer=str(llama_folder), rows_together=2, **options)
+    with pytest.warns(UserWarning, match="dropped 3 more of 12 rows: of rows_together = 2 rows of a prompt one was"):
+        data.setup()
+    keys = data.rows["train"]["prompt_key"][:]
+    assert keys == [prompt_key(f"p{group}") for group in (1, 3, 5) for _ in range(2)]
+    assert all(len({keys[row] for row in microbatch.rows}) == 1 for microbatch in data.sampler())
+    assert len(data.rows["validation"]) == 9  # those are not drawn
+
+
+def test_groups_of_several_prompts_are_refused(llama_folder: Path, tmp_path: Path) -> None:
+    rows = two_of_a_prompt(8)
+    rows[3]["prompt_id"] = "another"
+    source = str(write_rows(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(UserError, match=r"rows 3 to 4 are drawn as one by rows_together = 2 and have several prompts"):
+        PairData(source, batch_size=2, tokenizer=str(llama_folder), rows_together=2).setup()
+    source = str(write_rows(tmp_path / "odd.jsonl", two_of_a_prompt(7)))
+    with pytest.raises(UserError, match=r"has 7 rows, no multiple of rows_together = 2: let each prompt have 2"):
+        PairData(source, batch_size=2, tokenizer=str(llama_folder), rows_together=2).setup()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_validation_pass_begins_at_the_first_row(llama_folder: Path, pairs_file: Path, workers: int) -> None:
+    """Also behind a pass that took some of the batches only, as limit_val_batches and a sanity check do."""
+    data = PairData(str(pairs_file), str(pairs_file), 4, tokenizer=str(llama_folder), workers=workers)
+    data.setup()
+    (loader,) = data.val_dataloader()
+    first = [next(iter(loader)).prompts.tolist() for _ in range(3)]
+    assert first == [[prompt_key(f"p{row}") for row in range(4)]] * 3
+    whole = [key for batch in loader for key in batch.prompts.tolist()]
+    assert whole == [prompt_key(f"p{row}") for row in range(32)] and len(loader) == 8
+
+
+def test_ranks_share_validation_rows() -> None:
+    own = [list(InOrder(11, 2, [(True, True)] * 11, rank, ranks=2)) for rank in range(2)]
+    assert [m.rows for m in own[0]] == [[0, 2], [4, 6], [8, 10]] and [m.rows for m in own[1]] == [[1, 3], [5, 7], [9]]
+    assert {len(batches) for batches in own} == {len(InOrder(11, 2, [], 0, ranks=2))} == {3}
+
+
+@pytest.mark.parametrize(
+    ("option", "least"),
+    [("batch_size", 1), ("accumulate", 1), ("max_tokens", 1), ("max_length", 1), ("rows_together", 1), ("workers", 0)],
+)
+def test_options_out_of_their_range_are_refused(option: str, least: int) -> None:
+    with pytest.raises(UserError, match=f"{option} must be ≥ {least}, got {least - 1}"):
+        PairData(**{option: least - 1})
+    PairData(**{option: least})

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,7 +26,7 @@ from bvpo.checkpoints import AtomicCheckpointIO, read_checkpoint
 from bvpo.data import Microbatches
 from bvpo.errors import UserError
 from bvpo.module import BVPO
-from bvpo.runs import MetricsLogger, changed_options
+from bvpo.runs import MetricsLogger, changed_options, lock_run
 from bvpo.stopping import outside_cause
 
 STEPS = 13  # of 4 rows in 2 microbatches; 8 an epoch, so that validation comes in the middle
@@ -478,3 +479,232 @@ def test_a_batch_of_a_dead_process_is_no_traceback() -> None:
         own["rebuild"]()
     assert "a process that prepares rows has died" in str(outside_cause(caught.value))
     assert outside_cause(ConnectionRefusedError(111, "Connection refused")) is None
+
+
+# ---------------------------------------------------------------------- stops between microbatches, schedules
+
+
+class AskToStop(L.Callback):
+    """What a time limit does: asks to stop behind a microbatch (from 1), or in a validation, and does so once."""
+
+    def __init__(self, microbatch: int = 0, validation: int = 0) -> None:
+        self.microbatches, self.validations = microbatch, validation
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.microbatches -= 1
+        trainer.should_stop |= self.microbatches == 0
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.validations -= 1
+        trainer.should_stop |= self.validations == 0
+
+
+LEFT_AT = {  # what asks to stop, and options; 16 microbatches of 2 an epoch, 4 a step: the steps that are then taken
+    "in a step": ("microbatch=6", [], 2),
+    "at a step's end": ("microbatch=8", [], 2),
+    "in a validation inside a step": ("validation=1", ["--trainer.val_check_interval=6"], 2),
+    "in a validation behind a step": ("validation=1", ["--trainer.val_check_interval=8"], 2),
+    "in an epoch's validation": ("validation=1", [], 4),
+}
+
+
+@pytest.mark.parametrize("moment", LEFT_AT)
+def test_a_stop_that_is_asked_for_waits_for_the_steps_end(
+    command: Command, tmp_path: Path, moment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`max_time` and EarlyStopping set `should_stop` between microbatches: no row may be lost, no curve differ."""
+    asks, options, steps = LEFT_AT[moment]
+    options = [*options, "--model.accumulate=4", "--trainer.max_steps=7"]
+    assert fit.main(command(tmp_path / "whole", *options)) == 0
+    callback, _, value = asks.partition("=")
+    stop = [f"--trainer.callbacks+={__name__}.AskToStop", f"--trainer.callbacks.{callback}={value}"]
+    stop += ["--trainer.max_time=09:00:00:00"]  # what asks is beside the point; a limit that was met is finished
+    assert fit.main(command(tmp_path / "stopped", *options, *stop)) == 0
+    run = tmp_path / "stopped" / "version_0"
+    state = read_checkpoint(run / "checkpoints/last.ckpt")
+    (loader,) = state["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert state["global_step"] == steps and loader["epoch"] * 16 + loader["served"] == 4 * steps
+    capsys.readouterr()
+    assert fit.main(command(tmp_path / "stopped", *options, "--ckpt_path=last")) == 0
+    assert f"goes on behind optimizer step {steps}" in capsys.readouterr().out
+    assert_equal_runs(run, tmp_path / "whole" / "version_0")
+
+
+def test_an_epoch_that_ends_in_a_step_is_refused(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit.main(command(tmp_path, "--trainer.limit_train_batches=3")) == 2
+    assert "behind microbatch 3, in the middle of an optimizer step of 2" in capsys.readouterr().err
+    assert fit.main(command(tmp_path, "--trainer.limit_train_batches=4", "--trainer.max_steps=3")) == 0
+
+
+def saves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """Steps and names of the checkpoints that are written from here on."""
+    seen: list[tuple[int, str]] = []
+    save = AtomicCheckpointIO.save_checkpoint
+
+    def watched(io: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Any, **options: Any) -> None:
+        seen.append((checkpoint["global_step"], Path(path).name))
+        save(io, checkpoint, path, **options)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", watched)
+    return seen
+
+
+def test_checkpoints_by_epochs_and_by_time(
+    command: Command, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 steps an epoch; at an interval of no time, every step has its checkpoint."""
+    seen = saves(monkeypatch)
+    options = ["--checkpoint.every_n_train_steps=null", "--checkpoint.every_n_epochs=1"]
+    assert fit.main(command(tmp_path / "epochs", *options)) == 0
+    assert seen == [(8, "last.ckpt"), (STEPS, "last.ckpt")]
+    assert_equal_runs(tmp_path / "epochs" / "version_0", whole)
+    seen.clear()
+    options = ["--checkpoint.every_n_train_steps=null", "--checkpoint.train_time_interval=00:00:00:00"]
+    assert fit.main(command(tmp_path / "time", *options, "--trainer.max_steps=3", "--checkpoint.save_top_k=-1")) == 0
+    assert sorted(seen) == [(s, n) for s in (1, 2, 3) for n in (f"epoch=0-step={s}.ckpt", "last.ckpt")]
+    seen.clear()
+    options = ["--checkpoint.every_n_train_steps=null", "--checkpoint.train_time_interval=01:00:00:00"]
+    assert fit.main(command(tmp_path / "late", *options, "--trainer.max_steps=3")) == 0
+    assert seen == [(3, "last.ckpt")]
+
+
+def test_the_best_checkpoints_hold_what_they_are_named_and_scored_by(command: Command, tmp_path: Path) -> None:
+    options = ["--checkpoint.monitor=validation/loss/trace", "--checkpoint.save_top_k=-1", "--trainer.max_steps=9"]
+    options += ["--trainer.val_check_interval=4", "--model.schedule=constant"]
+    assert fit.main(command(tmp_path / "whole", *options)) == 0
+    run = tmp_path / "whole" / "version_0"
+    scores = {int(row["step"]): row["validation/loss/trace"] for row in table(run) if row["validation/loss/trace"]}
+    assert list(scores) == [2, 4, 6, 8]
+    for step, score in scores.items():
+        state = read_checkpoint(run / f"checkpoints/epoch=0-step={step}.ckpt")
+        (own,) = [value for key, value in state["callbacks"].items() if "StepCheckpoint" in key]
+        assert state["global_step"] == step and float(own["current_score"]) == pytest.approx(float(score), rel=1e-6)
+    assert len(list((run / "checkpoints").iterdir())) == 4 + 2
+    best = run / "checkpoints/epoch=0-step=4.ckpt"  # a run of its own goes on from it as from any other
+    assert fit.main(command(tmp_path / "best", *options, f"--ckpt_path={best}")) == 0
+    assert table(tmp_path / "best" / "version_0") == [row for row in table(run) if int(row["step"]) >= 4]
+
+
+def test_a_monitor_without_scores_or_with_scores_inside_a_step_is_refused(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--checkpoint.monitor=validation/loss/trace", "--checkpoint.save_top_k=1"]
+    assert fit.main(command(tmp_path, *options, "--trainer.val_check_interval=3")) == 2
+    assert "validates in the middle of an optimizer step of 2 microbatches" in capsys.readouterr().err
+    assert fit.main(command(tmp_path, *options, "--data.validation=null")) == 2
+    assert "give --data.validation" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- going on where there is little to go on from
+
+
+def test_more_epochs_go_on(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--trainer.max_steps=-1", "--data.batch_size=8", "--model.schedule=constant"]  # 2 steps an epoch
+    assert fit.main(command(tmp_path / "whole", *options, "--trainer.max_epochs=3")) == 0
+    assert fit.main(command(tmp_path / "more", *options, "--trainer.max_epochs=1")) == 0
+    capsys.readouterr()
+    assert fit.main(command(tmp_path / "more", *options, "--trainer.max_epochs=3", "--ckpt_path=last")) == 0
+    assert "goes on behind optimizer step 2 (last.ckpt)" in capsys.readouterr().out
+    assert_equal_runs(tmp_path / "more" / "version_0", tmp_path / "whole" / "version_0")
+
+
+def test_a_log_without_a_checkpoint_is_kept(
+    command: Command, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "version_0")
+    shutil.rmtree(tmp_path / "version_0" / "checkpoints")
+    log = (tmp_path / "version_0" / "metrics.csv").read_bytes()
+    assert fit.main(command(tmp_path, "--ckpt_path=last", "--trainer.max_steps=1")) == 0
+    assert "it starts from the start; its log so far is kept in metrics_1.csv" in capsys.readouterr().out
+    assert (tmp_path / "version_0" / "metrics_1.csv").read_bytes() == log
+    assert [row["step"] for row in table(tmp_path / "version_0")] == ["0"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "a: [1"])
+def test_torn_notes_in_a_runs_folder_count_as_absent(
+    command: Command, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    shutil.copytree(whole, tmp_path / "version_0")
+    for name in ("finished.json", "config.yaml"):
+        (tmp_path / "version_0" / name).write_text(content)
+    assert fit.main(command(tmp_path, "--ckpt_path=last")) == 0
+    out = capsys.readouterr().out
+    assert f"goes on behind optimizer step {STEPS - 1} (previous.ckpt); finished.json in it cannot be read" in out
+    assert not content or f"not known: {tmp_path / 'version_0' / 'config.yaml'} cannot be read" in out
+    assert table(tmp_path / "version_0") == table(whole)
+
+
+def test_the_saved_config_is_whole_or_not_there(command: Command, tmp_path: Path) -> None:
+    """No file may grow beyond 1 kB in the child: the config is longer, and its start is no config."""
+
+    def work() -> int:
+        write = checkpoints.write_whole
+
+        def limited(file: Any, data: Any) -> None:
+            if "config" in file.name:
+                limit_file_size(1000)
+            write(file, data)
+
+        pytest.MonkeyPatch().setattr("bvpo.runs.write_whole", limited)
+        with (tmp_path / "error.txt").open("w") as sys.stderr:
+            return fit.main(command(tmp_path))
+
+    assert in_child(work) == 2
+    assert not list((tmp_path / "version_0").glob("config*"))
+
+
+def test_a_file_that_is_written_anew_is_not_cut_by_a_full_disk(tmp_path: Path) -> None:
+    """The disk takes a part of a write before it takes nothing: 200 of 250 bytes would be a table, too."""
+    log = MetricsLogger(tmp_path / "metrics.csv")
+    for step in range(10):
+        log.log_metrics({"loss": step / 8}, step)
+    before = log.path.read_bytes()
+
+    def work() -> int:
+        limit_file_size(len(before) - 10)
+        try:
+            log.log_metrics({"loss": 1.0, "late": 1.0}, 10)
+        except UserError:
+            return 0
+        return 1
+
+    assert in_child(work) == 0
+    assert log.path.read_bytes() == before
+
+
+def test_a_lock_is_not_inherited(tmp_path: Path) -> None:
+    """Processes that prepare batches are forked; they outlive a killed fit by seconds."""
+    lock, (begun, begin) = lock_run(tmp_path), os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(begin, b".")
+        time.sleep(60)
+        os._exit(0)
+    try:
+        os.read(begun, 1)
+        lock.close()  # as a kill would: only this process's share goes
+        lock_run(tmp_path).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_signal_without_checkpoints_says_so(command: Command, tmp_path: Path) -> None:
+    def work() -> int:
+        take = BVPO.training_step
+
+        def step(module: BVPO, batch: Any, batch_idx: int) -> None:
+            if module.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            take(module, batch, batch_idx)
+
+        pytest.MonkeyPatch().setattr(BVPO, "training_step", step)
+        with (tmp_path / "error.txt").open("w") as sys.stderr:
+            return fit.main(command(tmp_path, "--checkpoint.save_last=false", "--model.accumulate=1"))
+
+    assert in_child(work) == 143
+    error = (tmp_path / "error.txt").read_text()
+    assert "stopped by SIGTERM behind optimizer step 3, without a checkpoint; --checkpoint.save_last is false" in error
+    assert not list(tmp_path.rglob("*.ckpt"))

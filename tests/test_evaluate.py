@@ -162,6 +162,9 @@ def test_the_table_tells_what_was_truncated(tmp_path: Path, tasks: str, capsys: 
         ("It is", "no_thinking", "length", None),
         ("\n<think>\n5\n</think>\n\nIt is 4.", "no_thinking", "stop", "It is 4."),  # thought all the same
         ("<think>\n5", "no_thinking", "stop", None),
+        ("5 it is.\n</think>\n\nIt is 4.", "no_thinking", "stop", "It is 4."),  # closed what it had not opened
+        ("So <think>\n5\n</think>\n\nIt is 4.", "no_thinking", "stop", "It is 4."),
+        ("5 it is.\n</think>", "no_thinking", "stop", ""),
         ("The tag <think> opens.", "no_thinking", "stop", "The tag <think> opens."),
     ],
 )
@@ -321,6 +324,40 @@ def test_other_settings_are_refused_and_more_samples_are_not(
     assert evaluate.main(command(output, samples="2", limit="2")) == 0
     after = lines(output / "builtin" / "responses.jsonl")
     assert len(after) == 8 and before <= {line["text"] for line in after}
+
+
+def test_another_start_keeps_what_the_first_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other tasks and modes of the same settings are joined; what other settings replace is said."""
+    own, output = "[{class_path: bvpo.held_out.HeldOut, init_args: {name: own, seed: 1}}]", tmp_path / "out"
+    both = f"[builtin, {own[1:]}"
+    assert evaluate.main(command(tmp_path / "at once", limit="2", tasks=both)) == 0
+    assert evaluate.main(command(output, limit="2", modes="no_thinking")) == 0
+    capsys.readouterr()
+    assert evaluate.main(command(output, limit="2", modes="thinking", tasks=own)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "results.json keeps what earlier starts with these settings found: builtin" in shown
+    assert {name: list(modes) for name, modes in results(output)["tasks"].items()} == {
+        "builtin": ["no_thinking"],
+        "own": ["thinking"],
+    }
+    assert evaluate.main(command(output, limit="2", modes="thinking")) == 0
+    assert evaluate.main(command(output, limit="2", modes="no_thinking", tasks=own)) == 0
+    found, expected = files(output), files(tmp_path / "at once")
+    assert found == expected
+    capsys.readouterr()
+    assert evaluate.main(command(output, limit="2", samples="4", modes="thinking")) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no longer has what an earlier start found: own, builtin (no_thinking). samples was 3, is 4" in shown
+    assert results(output)["tasks"].keys() == {"builtin"} and len(lines(output / "own" / "responses.jsonl")) == 12
+
+
+def test_damaged_results_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "results.json").write_text('{"settings"')
+    error = one_error(command(output, limit="1", samples="1"), capsys)
+    assert "results.json: expected the figures of an earlier start: the file is damaged; move it away" in error
+    assert (output / "results.json").read_text() == '{"settings"'
 
 
 # ---------------------------------------------------------------------- the command line

@@ -146,6 +146,13 @@ BAD_INPUT = {  # an option that a user may get wrong, and what the message must 
     "the trainer's clipping": ("--trainer.gradient_clip_val=1.0", "--model.clip"),
     "no GPU": ("--trainer.accelerator=gpu", "No supported gpu backend found"),
     "no threads": ("--threads=0", "threads must be ≥ 1"),
+    "a file for a root": ("--trainer.default_root_dir={folder}/empty.jsonl", "Give another --trainer.default_root_dir"),
+    "a root in a file": ("--trainer.default_root_dir={folder}/empty.jsonl/runs", "Give another --trainer.default_"),
+    "no run at all": ("--trainer.barebones=true", "leaves out logs and checkpoints"),
+    "a few batches again and again": ("--trainer.overfit_batches=2", "a file of a few rows"),
+    "fp8": ("--trainer.precision=transformer-engine", "use bf16-mixed"),
+    "checkpoints elsewhere": ("--checkpoint.dirpath={folder}/checkpoints", "--trainer.default_root_dir a place"),
+    "a link for a checkpoint": ("--checkpoint.save_last=link", "files of their own"),
     "negative learning rate": ("--model.learning_rate=-1", "learning_rate must be ≥ 0"),
 }
 
@@ -184,6 +191,11 @@ def test_bad_input_is_one_line_that_says_what_to_do(
     assert code == 2 and len(error) == 1
     assert expected in error[0]
     assert not list(broken_folder.glob("runs/version_*/metrics.csv"))
+
+
+def test_going_on_without_run_folders_is_refused(llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit.main([f"--model.policy={llama_folder}", "--trainer.logger=false", "--ckpt_path=last"]) == 2
+    assert "and --trainer.logger false makes none" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_model_is_refused(

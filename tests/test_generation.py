@@ -18,11 +18,16 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
+    MiniMaxConfig,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
+    Qwen3MoeConfig,
     Qwen3NextConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
 )
 
 from bvpo.decoding import HEADS, draw
@@ -174,6 +179,7 @@ def test_every_stop_token_stops_and_nothing_else_does(model: PreTrainedModel) ->
 def test_prompts_are_read_once_and_places_are_filled_again(model: PreTrainedModel) -> None:
     """20 responses to each of two prompts in 8 places: never more than two rows are read, and no ended row is kept."""
     seen: list[tuple[int, int]] = []
+    generate(model, PROMPTS, [0] * 6, Decoding(max_new_tokens=1), eos_token_ids=EOS)  # its cache has been asked about
     hook = model.model.register_forward_hook(
         lambda module, args, inputs, output: seen.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
     )
@@ -216,6 +222,80 @@ def test_an_interrupt_passes_and_leaves_the_model_as_it_was(model: PreTrainedMod
         generate(model, PROMPTS, [0] * 6, Decoding(), eos_token_ids=EOS)
     hook.remove()
     assert model.training
+
+
+# ---------------------------------------------------------------------- models without such a cache
+
+NONE: dict[str, Callable[[], PreTrainedConfig]] = {
+    "mamba": lambda: MambaConfig(
+        vocab_size=47,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=8,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=0,
+    ),
+    "rwkv": lambda: RwkvConfig(
+        vocab_size=47, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, bos_token_id=0, eos_token_id=1
+    ),
+    "recurrent gemma, which takes a cache": lambda: RecurrentGemmaConfig(
+        **SMALL, attention_window_size=8, lru_width=32
+    ),
+    "minimax, which has its own": lambda: MiniMaxConfig(
+        **SMALL,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        block_size=8,
+    ),
+}
+
+
+def random(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_a_model_whose_steps_need_another_cache_is_refused_before_any_response(name: str) -> None:
+    model = random(NONE[name]()).train()
+    backend = Transformers(model)
+    for _ in range(2):  # also when it is asked again
+        with pytest.raises(UserError, match=r"its cached steps are not those of a plain .* VLLMEngine or ServerEngine"):
+            backend.complete([Request([5, 6], 0)], Decoding(max_new_tokens=3), EOS)
+        assert model.training
+
+
+def test_a_model_is_asked_once_and_left_as_it_was() -> None:
+    model, passes = random(CONFIGS["llama"]()).train(), list[int]()
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    state = torch.get_rng_state()
+    for _ in range(2):
+        Transformers(model).complete([Request([5], 0)], Decoding(max_new_tokens=3), EOS)
+        assert len(passes) == 5  # a read, two steps, and a plain pass for each length of a prompt
+    hook.remove()
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("layers", [2, 12])
+def test_roundings_of_half_precision_are_no_fault(layers: int) -> None:
+    """A GPU rounds otherwise in another batch: planted here, up to 2⁻⁸ of every output, before a router chooses too."""
+    config = {**SMALL, "num_hidden_layers": layers, "initializer_range": 0.1}
+    experts = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 16}
+    model, generator = random(Qwen3MoeConfig(**config, **experts)), torch.Generator().manual_seed(0)
+
+    def rounded(_: Any, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return output
+        return output * (1 + (torch.rand(output.shape, generator=generator) * 2 - 1) / 256).to(output.dtype)
+
+    for module in model.bfloat16().modules():
+        if isinstance(module, torch.nn.Linear) or "Norm" in type(module).__name__:
+            module.register_forward_hook(rounded)
+    completions = generate(model, PROMPTS, range(6), Decoding(max_new_tokens=3), eos_token_ids=EOS)
+    assert len(completions) == 6
 
 
 # ---------------------------------------------------------------------- probabilities
@@ -305,7 +385,13 @@ def test_a_draw_from_a_large_vocabulary_is_the_sorted_one(scale: float, top_p: f
 
 
 def test_bad_settings_are_refused(model: PreTrainedModel) -> None:
-    for settings in ({"temperature": -1}, {"top_p": 0}, {"max_new_tokens": 0}):
+    for settings in (
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_p": 0},
+        {"max_new_tokens": 0},
+    ):
         with pytest.raises(ValueError, match="must be"):
             Decoding(**settings)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="as many seeds"):
@@ -320,6 +406,10 @@ def test_prompts_that_cannot_be_answered_are_refused_before_any_is(model: PreTra
         backend.complete([Request([5], 0), Request([], 1)], Decoding(max_new_tokens=50), EOS)
     with pytest.raises(UserError, match=r"request 2: .* 15 tokens and max_new_tokens 50 make 65, .* 64 positions"):
         backend.complete([Request([5], 0), Request([5] * 15, 1)], Decoding(max_new_tokens=50), EOS)
+    with pytest.raises(UserError, match=r"the model has 64 positions and max_new_tokens is 64: lower it"):
+        backend.complete([Request([5], 0)], Decoding(max_new_tokens=64), EOS)
+    with pytest.raises(UserError, match=r"request 1 \(prompt 17\): the prompt is empty"):
+        backend.complete([Request([], 0, "prompt 17")], Decoding(max_new_tokens=50), EOS)
     [(_, longest)] = backend.complete([Request([5] * 14, 1)], Decoding(1.0, max_new_tokens=50), [])
     assert len(longest.token_ids) == 50
     assert list(backend.complete([], Decoding(), EOS)) == []

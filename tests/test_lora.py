@@ -118,6 +118,8 @@ def test_what_cannot_be_adapted_is_refused(llama_folder: Path) -> None:
         add_adapters(load_policy(str(llama_folder)), LoRA(target=["nowhere"]))
     with pytest.raises(UserError, match="head cannot be adapted"):
         add_adapters(load_policy(str(llama_folder)), LoRA(target=["lm_head", "q_proj"]))
+    with pytest.raises(UserError, match=r"embed_tokens is no linear layer \(Embedding\)"):  # both factors start at 0
+        add_adapters(load_policy(str(llama_folder)), LoRA(target=["embed_tokens", "q_proj"]))
     with pytest.raises(UserError, match=r"needs --model\.lora"):
         BVPO(str(llama_folder), reference_logps="adapter")
 

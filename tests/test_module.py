@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bvpo.batches import PairBatch
+from bvpo import passes
+from bvpo.batches import PairBatch, SequenceBatch
 from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.losses import DPO
@@ -23,7 +24,7 @@ from bvpo.optimization import learning_rate_scale
 from bvpo.packed import is_packed
 from bvpo.policy import sequence_logps
 from bvpo.reference import LiveReference
-from tests.conftest import make_rows, write_rows
+from tests.conftest import EOS, make_rows, write_rows
 
 
 class Observer(L.Callback):
@@ -147,6 +148,67 @@ def test_a_token_budget_changes_how_a_batch_is_computed_and_nothing_else(train: 
         for key in ("loss/trace", "loss/empty", "logp/empty_chosen_sum", "variance/trace", "gradient/mixed_norm"):
             assert b.get(key) == (pytest.approx(a[key], rel=1e-4) if key in a else None)
     assert relative(cut.mixed[-1], whole.mixed[-1]) < 1e-4
+
+
+class Validated(L.Callback):
+    """What validation logs, pass by pass."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.metrics.append(
+                {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("validation/")}
+            )
+
+
+def validated(folder: Path, source: Path, steps: int = 3, max_tokens: int | None = None, **options: Any) -> Validated:
+    """A fit at a learning rate of 0 that validates behind every step, on rows of its own."""
+    seen = Validated()
+    L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        val_check_interval=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[seen],
+        **{"num_sanity_val_steps": 0, **options},
+    ).fit(
+        BVPO(policy=str(folder), learning_rate=0.0),
+        datamodule=PairData(str(source), str(source), tokenizer=str(folder), max_tokens=max_tokens),
+    )
+    return seen
+
+
+@pytest.mark.parametrize("options", [{"limit_val_batches": 1}, {"limit_val_batches": 3}, {"num_sanity_val_steps": 1}])
+def test_every_validation_is_of_the_same_rows(llama_folder: Path, pairs_file: Path, options: dict[str, int]) -> None:
+    first, *others = validated(llama_folder, pairs_file, **options).metrics
+    assert first and others == [first, first]
+    if "num_sanity_val_steps" in options:  # then it is of all rows
+        assert first == validated(llama_folder, pairs_file, steps=1).metrics[0]
+
+
+def test_a_token_budget_bounds_validation_and_changes_no_mean(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Means over pairs, rounded in another order; a part has 100 tokens, padding included, or one pair."""
+    rows = make_rows(10)
+    rows[3]["chosen"] = "<think> " + "w3 " * 60 + "</think> w1" + EOS
+    source, sizes = write_rows(tmp_path / "rows.jsonl", rows), []
+
+    def watched(model: Any, part: SequenceBatch) -> Any:
+        sizes.append((part.input_ids.numel(), part.pairs))
+        return sequence_logps(model, part)
+
+    (whole,) = validated(llama_folder, source, steps=1).metrics
+    monkeypatch.setattr(passes, "sequence_logps", watched)
+    (cut,) = validated(llama_folder, source, steps=1, max_tokens=100).metrics
+    assert whole.keys() == cut.keys() and all(size <= 100 or pairs == 1 for size, pairs in sizes)
+    for name, value in whole.items():
+        assert cut[name] == pytest.approx(value, rel=1e-5, abs=1e-5)
 
 
 def test_the_last_optimizer_batch_of_an_epoch_is_smaller_and_weighted_right(train: Train) -> None:

@@ -187,22 +187,34 @@ CASES: dict[str, tuple[str, Mode, str, bool, ThinkFormat, tuple[Any, str, str]]]
 
 @pytest.mark.parametrize(("text", "mode", "reason", "same_ids", "think", "expected"), CASES.values(), ids=list(CASES))
 def test_problems(text: str, mode: Mode, reason: str, same_ids: bool, think: ThinkFormat, expected: Any) -> None:
-    assert problem_of(text, mode, reason, same_ids, think) == expected
+    assert problem_of(text, mode, reason, same_ids, think, bool(think.prompt_opens)) == expected
+
+
+def test_whether_a_block_is_the_second_depends_on_the_prompt() -> None:
+    """QWEN3 leaves the opening to the template: Qwen3's does not open the block, Qwen3.5's does."""
+    for text in ("<think>a</think>2", "\n<think>a</think>2"):
+        assert problem_of(text, "thinking", "stop", True, QWEN3, opened=True)[0] == "think block"
+        assert problem_of(text, "thinking", "stop", True, QWEN3, opened=False) == (None, "a", "2")
 
 
 pieces = st.lists(st.sampled_from(["<think>", "</think>", "\n", " ", "1 + 1", "2"]), max_size=6).map("".join)
 
 
 @given(
-    pieces, pieces, st.sampled_from(["qwen3", "r1_distill", "r1_0528"]), st.sampled_from(["thinking", "no_thinking"])
+    pieces,
+    pieces,
+    st.sampled_from([(QWEN3, True), (QWEN3, False), (R1_DISTILL, True), (R1_0528, False)]),
+    st.sampled_from(["thinking", "no_thinking"]),
 )
-def test_what_has_no_problem_can_be_trained_on(one: str, other: str, name: str, mode: Mode) -> None:
+def test_what_has_no_problem_can_be_trained_on(
+    one: str, other: str, case: tuple[ThinkFormat, bool], mode: Mode
+) -> None:
     """Whatever a model writes: a pair of responses without a problem is a row that reading the rows accepts."""
-    think = FORMATS[name]
-    if one == other or any(problem_of(text, mode, "stop", True, think)[0] for text in (one, other)):
+    think, opened = case  # Qwen3.5's template opens the block, Qwen3's does not, and one format stands for both
+    if one == other or any(problem_of(text, mode, "stop", True, think, opened)[0] for text in (one, other)):
         return
     prefix = "" if mode == "thinking" else "empty_"
     prompt = "<|user|>1 + 1 ?<|assistant|>"
-    prompt += think.empty if mode == "no_thinking" else "<think>\n" if think.prompt_opens else ""
+    prompt += think.empty if mode == "no_thinking" else "<think>\n" if opened else ""
     row = {f"{prefix}prompt": prompt, f"{prefix}chosen": one + EOS, f"{prefix}rejected": other + EOS}
     check_row(row, "row", [EOS], think, one_sided=True)

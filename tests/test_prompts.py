@@ -187,6 +187,9 @@ def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "b\ud800"}) + "\n")
     with pytest.raises(UserError, match=r"p\.jsonl, row 2: .*character 2 is a lone surrogate, U\+D800"):
         load_prompts(str(path))
+    path.write_text(json.dumps({"prompt": "a", "prompt_id": "b\ud800"}) + "\n")
+    with pytest.raises(UserError, match=r"p\.jsonl, row 1, prompt_id: character 2 is a lone surrogate, U\+D800"):
+        load_prompts(str(path))
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])

@@ -10,15 +10,18 @@ import datasets
 import lightning as L
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from bvpo import reference_cache
+from bvpo.batches import SequenceBatch, collate
 from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.losses import DPO
 from bvpo.mixing import Fixed
 from bvpo.module import BVPO
+from bvpo.pairs import tokenize_row
 from bvpo.policy import load_policy
-from bvpo.reference_cache import weights_fingerprint
+from bvpo.reference_cache import row_values, weights_fingerprint
 from tests.conftest import make_rows, write_rows
 
 
@@ -69,9 +72,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     counts: list[int] = []
     row_values = reference_cache.row_values
 
-    def counted(model: Any, rows: list[dict[str, Any]], batch: Any) -> Any:
+    def counted(model: Any, rows: list[dict[str, Any]], batch: Any, max_tokens: int | None) -> Any:
         counts.append(len(rows))
-        return row_values(model, rows, batch)
+        return row_values(model, rows, batch, max_tokens)
 
     monkeypatch.setattr(reference_cache, "row_values", counted)
     yield counts
@@ -122,11 +125,11 @@ def test_an_interrupted_computation_goes_on(
     row_values = reference_cache.row_values
     calls: list[int] = []
 
-    def interrupted(model: Any, rows: list[dict[str, Any]], batch: Any) -> Any:
+    def interrupted(model: Any, rows: list[dict[str, Any]], batch: Any, max_tokens: int | None) -> Any:
         calls.append(1)
         if len(calls) == 6:  # in the second file
             raise KeyboardInterrupt
-        return row_values(model, rows, batch)
+        return row_values(model, rows, batch, max_tokens)
 
     with monkeypatch.context() as patch:
         patch.setattr(reference_cache, "row_values", interrupted)
@@ -194,3 +197,34 @@ def test_cached_rows_are_memory_mapped(train: Train, tmp_path: Path) -> None:
     path = next((tmp_path / "cache").rglob("*.arrow"))
     assert datasets.Dataset.from_file(str(path)).column_names == list(reference_cache.FEATURES)
     assert isinstance(BVPO().loss, DPO)
+
+
+@torch.no_grad()
+def test_a_token_budget_bounds_each_pass_and_changes_no_value(
+    llama_folder: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One-sided rows and anchors among them; sums are rounded in another order: 1e-5 of some 100 nats."""
+    ids = {"anchor_log_q": [], "anchor_rejected": [[9, 1], [8, 8, 1]], "anchor_chosen": [[9, 9, 1]]}
+    rows = [{**tokenize_row(row, tokenizer), **ids} for row in make_rows(9)]
+    rows[2] |= {"empty_prompt": [], "empty_chosen": [], "empty_rejected": []}
+    rows[5] |= {"prompt": [], "chosen": [], "rejected": [], "anchor_chosen": [], "anchor_rejected": []}
+    model, batch = load_policy(str(llama_folder)), collate(rows, 0)
+    sizes: list[int] = []
+    completion_logps = reference_cache.completion_logps
+
+    def watched(model: Any, part: SequenceBatch) -> torch.Tensor:
+        sizes.append(part.input_ids.numel())
+        return completion_logps(model, part)
+
+    monkeypatch.setattr(reference_cache, "completion_logps", watched)
+    whole = row_values(model, rows, batch, None)
+    longest = 2 * batch.trace.input_ids.shape[1]
+    assert len(sizes) == 4 and max(sizes) > 4 * longest
+    for most in (1, 120):
+        sizes.clear()
+        cut = row_values(model, rows, batch, most)
+        assert max(sizes) <= max(most, longest)
+        for a, b in zip(whole, cut, strict=True):
+            assert a.keys() == b.keys()
+            for name in a:
+                assert b[name] == pytest.approx(a[name], rel=1e-5)

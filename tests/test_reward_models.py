@@ -227,7 +227,32 @@ def test_a_cache_loads_no_model_for_what_it_knows(folder: Path, tiny: SequenceRe
     scores = CachedReward(tiny, path).scores(ITEMS)
     inner = plain(folder)
     assert CachedReward(inner, path).scores(ITEMS) == scores
-    assert not {"_network", "_tokenizer", "_config"} & vars(inner).keys()
+    assert "_network" not in vars(inner)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", None, "no config.json in this folder"),
+        ("config.json", b"{", "cannot be loaded"),
+        ("config.json", b'{"model_type": "llama", "num_labels": 2}', "has 2 labels"),
+        ("model.safetensors", None, "no weights in this folder"),
+        ("tokenizer.json", b"{", "cannot be loaded"),
+        ("chat_template.jinja", None, "no chat template"),
+        ("", None, "there is no such folder"),
+    ],
+)
+def test_what_is_no_reward_model_is_seen_before_anything_is_scored(
+    name: str, content: bytes | None, message: str, folder: Path, tmp_path: Path
+) -> None:
+    """By its fingerprint, which loads no weights."""
+    path = shutil.copytree(folder, tmp_path / "copy")
+    if content is not None:
+        (path / name).write_bytes(content)
+    elif name:
+        (path / name).unlink()
+    with pytest.raises(UserError, match=message):
+        _ = plain(path if name else path / "absent").fingerprint
 
 
 def test_other_weights_in_the_same_folder_are_another_reward(folder: Path, tmp_path: Path) -> None:

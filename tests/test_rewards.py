@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -15,9 +17,12 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentParser
 
+from bvpo.benchmark import Answer
 from bvpo.errors import UserError
+from bvpo.maths import Maths
 from bvpo.rewards import CachedReward, Item, MathAnswer, Reward, SequenceRewardModel, TaskAnswer, reward
 from bvpo.tasks import answer_sentence, draw_questions
+from tests.conftest import write_rows
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -49,7 +54,18 @@ MATHS = [
     ("42", "", 0.0),
     ("42", "I do not know.", 0.0),
     ("42", "\\boxed{", 0.0),
-    ("???", "???", None),
+    ("???", "4", None),
+    ("???", "???", 1.0),
+    ("7", "first \\boxed{3} and then \\boxed{7}", 1.0),
+    ("7", "first \\boxed{7} and then \\boxed{3}", 0.0),
+    ("First \\boxed{3}, finally \\boxed{7}.", "\\boxed{7}", 1.0),
+    ("First \\boxed{3}, finally \\boxed{7}.", "\\boxed{3}", 0.0),
+    ("1,2", "\\boxed{1} and \\boxed{2}", 1.0),
+    ("2", "\\boxed{1} and \\boxed{2}", 0.0),
+    ("4.5e33", "\\boxed{4.5 \\times 10^{33}}", 1.0),
+    ("1e-3", "\\boxed{0.001}", 1.0),
+    ("1,-2", "\\boxed{\\frac{-1 \\pm 3}{2}}", 1.0),
+    (" ", "1", None),
     ("", "1", None),
     (None, "1", None),
 ]
@@ -64,6 +80,23 @@ def test_maths_is_compared_by_value() -> None:
         assert pool.submit(MathAnswer(workers=1).scores, items).result() == expected
 
 
+def test_a_score_is_the_evaluations_verdict(tmp_path: Path) -> None:
+    pairs = [(gold, answer) for gold, answer, score in MATHS if gold and score is not None]
+    rows = [{"problem": "?", "answer": gold} for gold, _ in pairs]
+    benchmark = Maths("own", str(write_rows(tmp_path / "own.jsonl", rows)), workers=2)
+    asked = zip(benchmark.items(), pairs, strict=True)
+    answers = [Answer(item, "thinking", 0, text, "stop", 1, 1) for item, (_, text) in asked]
+    found = [float(verdict.correct) for verdict in benchmark.verdicts(answers, tmp_path, progress=False)]
+    assert MathAnswer(workers=2).scores([Item(user("?"), answer, gold) for gold, answer in pairs]) == found
+
+
+def test_other_rules_are_another_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that were kept under older rules are not taken again."""
+    before = MathAnswer().fingerprint
+    monkeypatch.setattr("bvpo.rewards.RULES", 3)
+    assert MathAnswer().fingerprint != before
+
+
 def test_an_endless_check_is_wrong_and_those_after_it_are_checked() -> None:
     """9^9^9^9 is one big-integer operation that no signal interrupts."""
     answers = ["$4$", "$9^{9^{9^{9}}}$", "$4$", "$5$"]
@@ -76,6 +109,59 @@ def test_without_math_verify_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: importlib.metadata.distribution("absent-" + name))
     with pytest.raises(UserError, match=r"pip install bvpo\[math\]"):
         MathAnswer().scores(ITEMS)
+    with pytest.raises(UserError, match=r"pip install bvpo\[math\]"):
+        _ = MathAnswer().fingerprint
+
+
+ENDLESS = """
+import os
+from bvpo import math_check
+math_check.GRACE = 0.5
+start = math_check.Checker._start
+def noted(checker):
+    start(checker)
+    os.write(1, f"{checker.process.pid}\\n".encode())
+math_check.Checker._start = noted
+try:
+    list(math_check.check_all([("4", "$9^{9^{9^{9}}}$")] * 8, TIMEOUT, 2))
+except KeyboardInterrupt:
+    pass
+"""
+
+
+def endless(timeout: float) -> tuple[subprocess.Popen[str], list[int]]:
+    """A process in the middle of two checks, and the checkers' ids."""
+    program = [sys.executable, "-c", ENDLESS.replace("TIMEOUT", str(timeout))]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(program, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    assert process.stdout is not None
+    checkers = [int(process.stdout.readline()) for _ in range(2)]
+    time.sleep(1)  # until they are at it
+    return process, checkers
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+def test_an_interrupt_ends_the_checkers_at_once_and_without_a_word() -> None:
+    """Ctrl-C goes to all processes of a terminal's group."""
+    process, checkers = endless(timeout=100)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == ""
+    assert not any(map(is_running, checkers))
+
+
+def test_checkers_end_with_a_killed_process() -> None:
+    process, checkers = endless(timeout=3)
+    assert all(map(is_running, checkers))
+    process.kill()
+    process.communicate(timeout=30)
+    end = time.monotonic() + 20  # 3.5 s, on a machine with other things to do
+    while any(map(is_running, checkers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(is_running, checkers))
 
 
 # ---------------------------------------------------------------------- names and YAML

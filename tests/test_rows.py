@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,9 +25,11 @@ from bvpo import fit, pairs
 from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.pairs import load_rows, tokenize_rows
+from bvpo.policy import load_tokenizer, stop_tokens
+from bvpo.row_faults import draw_sample, other_prompt
 from bvpo.rows import completion_text, shared_prompt, to_text
 from bvpo.selection import SEQUENCES, RowOptions
-from bvpo.traces import QWEN3, Response, join, split
+from bvpo.traces import QWEN3, Response, join, own_stops, split
 from tests.conftest import EOS, make_rows, write_rows
 
 ROWS = make_rows(4)
@@ -161,6 +166,51 @@ REFUSED: dict[
         parquet([{**ROWS[0], "trace_candidates": ["w1"]}]),
         "row 1: field trace_can",
     ),
+    "null among candidates": (
+        "a.jsonl",
+        with_field("trace_candidates", [None, *CANDIDATES]),
+        "row 2: field trace_candidates: expected objects with trace, answer, score and finish_reason, found null in",
+    ),
+    "null among anchor traces": (
+        "a.jsonl",
+        with_field("anchor_traces", [None]),
+        "row 2: field anchor_traces: expected objects with trace and logprob, found null in the list",
+    ),
+    "null among messages": (
+        "a.jsonl",
+        with_field("conversation", [None]),
+        "row 2: field conversation: expected a list of messages, found null in the list",
+    ),
+    "null among messages in Parquet": (
+        "a.parquet",
+        parquet([{**ROWS[0], "conversation": [None, Q[0]]}]),
+        "row 1: field conversation: expected a list of messages, found null in the list",
+    ),
+    "a conversation as text in Parquet": (
+        "a.parquet",
+        parquet([{**ROWS[0], "conversation": json.dumps(Q)}]),
+        "row 1: field conversation: expected a list of messages, found str",
+    ),
+    "a conversation of texts in Parquet": (
+        "a.parquet",
+        parquet([{**ROWS[0], "conversation": ["w1"]}]),
+        "row 1: field conversation: expected a list of messages, found str 'w1'",
+    ),
+    "a conversation as a number in Parquet": (
+        "a.parquet",
+        parquet([{**ROWS[0], "conversation": 3}]),
+        "row 1: field conversation: expected a list of messages, found int '3'",
+    ),
+    "a score that no float holds": (
+        "a.jsonl",
+        scored(score=10**400),
+        "row 2: field trace_candidates: expected objects with trace, answer, score and finish_reason, found an integer",
+    ),
+    "a fraction as prompt_id": (
+        "a.jsonl",
+        with_field("prompt_id", 1.5),
+        "row 2: field prompt_id: expected text, found float '1.5'",
+    ),
     "an infinite log q": (
         "a.jsonl",
         with_field("anchor_traces", [{"trace": "w1", "logprob": float("-inf")}]),
@@ -226,13 +276,18 @@ ACCEPTED: dict[str, tuple[str, bytes]] = {  # name → file, content: four rows 
     "blank lines": ("a.jsonl", b"\n" + lines(*ROWS).replace(b"\n", b"\n\n")),
     "Windows line ends": ("a.jsonl", lines(*ROWS).replace(b"\n", b"\r\n")),
     "one JSON list": ("a.json", json.dumps(ROWS, indent=1).encode()),
+    "a list behind blank lines": ("a.json", b" \n\n" + json.dumps(ROWS).encode()),
+    "a list behind BOM and space": ("a.json", b"\xef\xbb\xbf\t" + json.dumps(ROWS).encode()),
     "extra columns of any type": ("a.jsonl", with_field("problem", [{"x": [1, "2"]}])),
     "a prompt met twice": ("a.jsonl", with_field("prompt_id", "p0")),
     "a number as prompt_id": ("a.jsonl", with_field("prompt_id", 1)),
+    "a whole float as prompt_id": ("a.jsonl", with_field("prompt_id", 1.0)),
     "no prompt_id": ("a.jsonl", without("prompt_id")),
     "one token and the EOS": ("a.jsonl", with_field("empty_chosen", f"w9{EOS}")),
     "no think tags": ("a.jsonl", with_field("chosen", f"w1 w9{EOS}")),
+    "white space before the think tag": ("a.jsonl", with_field("chosen", "\n" + ROWS[1]["chosen"])),
     "scored candidates": ("a.jsonl", scored()),
+    "a candidate without fields": ("a.jsonl", with_field("trace_candidates", [{}, {"answer": None, "trace": None}])),
 }
 
 
@@ -277,6 +332,46 @@ def test_the_command_refuses_with_exit_code_2(
     assert fit.main([*options, f"--data.train={source}"]) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error and error.splitlines()[-1].startswith(f"error: {source}") and expected in error
+
+
+def test_a_conversation_of_other_fields_is_a_fault_and_no_traceback(tmp_path: Path) -> None:
+    """ShareGPT's form, `{from, value}`, in Parquet, where a struct has the fields of its file alone."""
+    tokenizer = load_tokenizer("builtin:tiny_reasoner")
+    row = load_rows("builtin:tiny_reasoner")[0]
+    write(tmp_path / "a.parquet", parquet([{**row, "conversation": [{"from": "human", "value": "1 + 1 ?"}]}]))
+    rows = load_rows(str(tmp_path / "a.parquet"))
+    sample = draw_sample(rows, tokenizer, RowOptions(stops=own_stops(tokenizer)), seed=0)
+    fault = other_prompt(sample.examples[0], sample)
+    assert fault and fault.status == "fail" and "message 1: expected {role, content} as text, found no role" in fault[1]
+
+
+@pytest.mark.parametrize("absent", ["trace", "answer"])
+def test_candidates_without_a_trace_or_an_answer_are_no_anchors(
+    absent: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Null in one of them, or a Parquet file whose structs lack the field."""
+    other = {"trace": " w7 ", "answer": CANDIDATES[0]["answer"]}
+    row = {**ROWS[1], "trace_candidates": [*CANDIDATES, other, other | {absent: None}]}
+    sparse = [{k: v for k, v in candidate.items() if k != absent} for candidate in (*CANDIDATES, other)]
+    found = []
+    for number, candidates in enumerate((row["trace_candidates"], [*CANDIDATES, other], sparse)):
+        source = write(tmp_path / f"{number}.parquet", parquet([{**row, "trace_candidates": candidates}]))
+        found.append(tokenize_rows(load_rows(source), tokenizer, source, RowOptions(anchors=True))["anchor_chosen"][0])
+    assert found[0] == found[1] and len(found[0]) == 2
+    assert found[2] == [tokenizer(row["chosen"]).input_ids]  # its own trace alone
+
+
+def test_a_prompt_id_is_one_however_it_is_written(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """0 is an id as any other."""
+    keys = []
+    for number, kind in enumerate((str, int, float)):
+        rows = [row | {"prompt_id": kind(index)} for index, row in enumerate(ROWS)]
+        for source in (
+            str(write_rows(tmp_path / f"{number}.jsonl", rows)),
+            write(tmp_path / f"{number}.parquet", parquet(rows)),
+        ):
+            keys.append(tokenize_rows(load_rows(source), tokenizer, source)["prompt_key"][:])
+    assert keys == [[pairs.prompt_key(str(index)) for index in range(4)]] * 6
 
 
 # ---------------------------------------------------------------------- bad and long rows, by option
@@ -434,6 +529,15 @@ def test_a_completion_may_end_in_any_stop_token(tokenizer: PreTrainedTokenizerFa
         tokenize_rows(load_rows(source), tokenizer, source, RowOptions(stops=(EOS, "w39")))
 
 
+def test_an_id_that_no_token_has_ends_nothing(llama_folder: Path, tmp_path: Path) -> None:
+    """Some generation configs name −1 where they mean none."""
+    shutil.copytree(llama_folder, folder := tmp_path / "model")
+    tokenizer = load_tokenizer(str(folder))
+    for named, expected in ((-1, (EOS,)), ([1, -1, 46], (EOS, "w39")), (99_999, (EOS,)), (None, (EOS,))):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+        assert stop_tokens(str(folder), tokenizer) == expected
+
+
 def test_anchor_sequences_count_as_sequences(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     anchor = {"trace": " " + "w1 " * 50, "logprob": -3.0}
     rows = [{**make_rows(1)[0], "anchor_traces": [anchor, {**anchor, "trace": " w2 "}]}]
@@ -454,8 +558,6 @@ def test_anchor_sequences_count_as_sequences(tokenizer: PreTrainedTokenizerFast,
 
 def test_conversations_become_text_without_a_template_around_completions(tmp_path: Path) -> None:
     """TRL's explicit and implicit prompts and SimPO's plain one give the same row."""
-    from bvpo.policy import load_tokenizer
-
     tokenizer = load_tokenizer("builtin:tiny_reasoner")
     user, eos = [{"role": "user", "content": "Count."}], str(tokenizer.eos_token)
     chosen = {"role": "assistant", "content": "So 2.", "reasoning_content": "e a no 0"}
@@ -483,6 +585,24 @@ def test_conversations_become_text_without_a_template_around_completions(tmp_pat
         "empty_chosen": f"2{eos}",
         "empty_rejected": f"3{eos}",
     }
+
+
+def test_the_first_row_does_not_decide_what_others_hold(tmp_path: Path) -> None:
+    """A column holds text or messages as its first value has it, in whichever row that is."""
+    tokenizer = load_tokenizer("builtin:tiny_reasoner")
+    trace = {"prompt": Q, "chosen": [A], "rejected": [B]}
+    empty = {side: [{"role": "assistant", "content": side[-8:]}] for side in ("empty_chosen", "empty_rejected")}
+    orders = [[trace | empty, trace, {"prompt": Q} | empty], [trace, {"prompt": Q} | empty, trace | empty]]
+    orders.append([dict.fromkeys([*trace, *empty]), {"prompt": Q} | empty, trace | empty, trace])
+    found = []
+    for number, rows in enumerate(orders):
+        source = str(write_rows(tmp_path / f"{number}.jsonl", rows))
+        options = RowOptions(on_one_sided="keep", on_bad_row="drop" if number == 2 else "error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenized = tokenize_rows(load_rows(source, one_sided=True), tokenizer, source, options)
+        found.append(sorted(json.dumps(row, sort_keys=True) for row in tokenized))
+    assert len(found[0]) == 3 and found[0] == found[1] == found[2]
 
 
 def test_a_think_block_is_opened_once() -> None:
@@ -517,6 +637,48 @@ def test_a_second_start_reads_the_cache(llama_folder: Path, tmp_path: Path, monk
     assert [start(max_length=500, on_overlong="truncate_trace"), start(max_length=500, on_overlong="drop")] == [6, 0]
     write_rows(source, make_rows(7, seed=1))
     assert [start(), start()] == [7, 0]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_rows_are_cached_by_content_and_not_by_date(
+    suffix: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path, found = tmp_path / f"rows.{suffix}", []
+    exchanged = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in ROWS]
+    for rows in (ROWS, exchanged):
+        write(path, parquet(rows) if suffix == "parquet" else lines(*rows))
+        os.utime(path, (1e9, 1e9))
+        tokenized = tokenize_rows(load_rows(str(path)), tokenizer, str(path))
+        found.append([tokenized[name][:] for name in ("chosen", "rejected")])
+    assert found[0] == found[1][::-1] != found[1]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_cache_that_cannot_be_written_is_not_the_file_s_fault(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file stands where the folder should be: that stops root as well."""
+    source = write(tmp_path / f"rows.{suffix}", parquet(ROWS) if suffix == "parquet" else lines(*ROWS))
+    (tmp_path / "no folder").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "no folder" / "cache")
+    with pytest.raises(
+        UserError, match=r"its rows cannot be cached in .*cache: Not a directory; set HF_DATASETS_CACHE"
+    ):
+        load_rows(source)
+
+
+def test_a_full_disk_while_tokenizing_is_said(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "rows.jsonl", lines(*ROWS))
+    rows = load_rows(source)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(datasets.Dataset, "map", full)
+    with pytest.raises(UserError, match=r"cannot be cached in .*: No space left on device; set HF_DATASETS_CACHE"):
+        tokenize_rows(rows, tokenizer, source)
 
 
 def test_processes_share_a_large_data_set(

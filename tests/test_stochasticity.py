@@ -84,6 +84,17 @@ def test_what_has_no_ratio_has_none() -> None:
     assert found["length"].ratio == 3.5 / 3
 
 
+def test_an_empty_response_has_no_figure_a_token() -> None:
+    """And leaves the others as they are."""
+    some = [Draw(-1, -1, 2), Draw(-2, -2, 3)]
+    with np.errstate(all="raise"):
+        own = prompt_moments([Draw(0, 0, 0), *some])
+    assert math.isnan(own["nll_per_token"]) and own["length"] == 5 / 3 and own["nll"] == 1
+    found = compare({"a": both([Draw(0, 0, 0), *some], some), "b": both([Draw(0, 0, 0)] * 2, some)}, FEW).comparisons
+    assert found["nll_per_token_of_responses"].thinking is None
+    assert found["length"].ratio == (5 / 3 + 0) / (2.5 + 2.5)
+
+
 def test_prompts_need_two_responses_in_both_modes() -> None:
     two, one = [Draw(-1, -1, 2), Draw(-2, -2, 3)], [Draw(-1, -1, 2)]
     figures = compare({"a": both(two, two), "b": both(two, one), "c": both([], two)}, FEW)
@@ -258,6 +269,25 @@ def test_cut_responses_are_in_or_out(sampled: Sampling, tmp_path: Path) -> None:
     assert short.figures.moments["thinking"]["length"].max() < 55
 
 
+def test_where_all_are_cut_the_limit_is_to_blame(sampled: Sampling, tmp_path: Path) -> None:
+    options = replace(sampled, max_new_tokens=1, samples=2, limit=2, output=str(tmp_path / "cut.parquet"))
+    with pytest.raises(UserError, match=r"not cut at max_new_tokens 1: raise it, .* or give --study.cut include"):
+        run(options, Study(cut="exclude", intervals=FEW), progress=False)
+    assert run(options, Study(intervals=FEW), progress=False).cut == {"thinking": 4, "no_thinking": 4}
+
+
+def test_a_response_without_a_token_is_looked_at(copied: Sampling) -> None:
+    path = copied.work / "responses.jsonl"
+    records = lines(path)
+    records[0] |= {"text": "", "n_tokens": 0, "logprob": 0.0}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    report = run(copied, Study(scorer=TransformersEngine(batch_size=1), intervals=FEW), progress=False)
+    at, mode = report.figures.prompts.index(records[0]["prompt"]), cast(Mode, records[0]["kind"])
+    assert report.figures.moments[mode]["responses"][at] == 3
+    assert report.figures.comparisons["nll_per_token_of_responses"].ratio is None
+    assert report.figures.comparisons["nll_per_token"].ratio is not None
+
+
 def test_a_shard_or_a_single_sample_is_refused(sampled: Sampling) -> None:
     with pytest.raises(UserError, match="shard: sample the shards by"):
         run(replace(sampled, shard="1/2"))
@@ -328,6 +358,22 @@ def test_what_a_reader_cannot_use_is_said(
     with pytest.raises(UserError, match=r'matplotlib is not installed: pip install "bvpo\[notebooks\]"'):
         Study(plot="ratios.png")
     assert main(arguments(copied)) == 0  # without a plot nothing needs it
+
+
+@pytest.mark.parametrize("name", ["stochasticity.json", "stochasticity.csv"])
+def test_a_report_that_cannot_be_written_is_said(
+    copied: Sampling, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """A full disk, and a folder in its place."""
+    path = copied.work / name
+    if Path("/dev/full").exists():
+        path.symlink_to("/dev/full")
+        assert main(arguments(copied)) == 2
+        assert "the report cannot be written: No space left on device" in capsys.readouterr().err
+        path.unlink()
+    path.mkdir()
+    assert main(arguments(copied)) == 2
+    assert "the report cannot be written: Is a directory" in capsys.readouterr().err
 
 
 def test_the_config_is_parsed_by_its_command() -> None:

@@ -5,6 +5,7 @@ The chat templates are those that `trl` ships, the tokenizer is DeepSeek's, from
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 from bvpo.batches import BRANCHES, collate
 from bvpo.errors import UserError
-from bvpo.pairs import encode_prompt, tokenize_row
+from bvpo.pairs import encode_prompt, prepare_row, tokenize_row
 from bvpo.policy import load_tokenizer
+from bvpo.selection import RowOptions
 from bvpo.traces import (
     FORMATS,
     NO_THINKING_PREFILL,
@@ -126,6 +128,37 @@ def test_split_by_hand() -> None:
     assert split(COMPLETIONS[2]) == Response("never closed", "", opened=True, closed=False)
 
 
+def test_white_space_before_the_block_is_kept_apart() -> None:
+    """GLM-4.5 writes a line break before its open tag."""
+    response = Response("\n1\n", "\n2", opened=True, closed=True, before="\n")
+    assert split("\n<think>\n1\n</think>\n2") == response
+    assert join(response) == "\n<think>\n1\n</think>\n2"
+    assert split("so <think>1</think>2") == Response("so <think>1", "2", opened=False, closed=True)
+    with pytest.raises(UserError, match="cannot be joined"):
+        join(replace(response, opened=False))
+
+
+@pytest.mark.parametrize("space", ["", "\n", " \n\n"])
+def test_white_space_before_the_block_keeps_its_tag_in_anchors_and_cut_traces(space: str) -> None:
+    tokenizer = deepseek(template("qwen3"))
+    eos, opening = tokenizer.eos_token, f"{space}<think>\n"
+    row = {
+        "prompt": "<｜Assistant｜>",
+        "chosen": f"{opening}{'one two three four ' * 9}\n</think>\n\nIt is 2.{eos}",
+        "rejected": f"{opening}{'so ' * 9}\n</think>\n\nIt is 3.{eos}",
+        "empty_prompt": f"<｜Assistant｜>{EMPTY}",
+        "empty_chosen": f"2{eos}",
+        "empty_rejected": f"3{eos}",
+        "anchor_traces": [{"trace": "\nfoo\n", "logprob": -1.0}],
+    }
+    options = RowOptions(anchors=True, stops=(str(eos),), max_length=30, on_overlong="truncate_trace")
+    done = prepare_row(row, 0, tokenizer, "", options)
+    assert done["problem"] is None and done["length"] == 30
+    assert tokenizer.decode(done["anchor_chosen"][0]) == f"{space}<think>\nfoo\n</think>\n\nIt is 2.{eos}"
+    cut = tokenizer.decode(done["chosen"])
+    assert cut.startswith(f"{space}<think>") and cut.endswith(f"</think>\n\nIt is 2.{eos}")
+
+
 def test_an_unfinished_trace_has_no_answer() -> None:
     assert answer_of(COMPLETIONS[2], "thinking") is None
     assert answer_of(COMPLETIONS[0], "thinking") == "The answer is 2."
@@ -206,6 +239,26 @@ def test_the_bos_of_a_template_is_kept_where_the_tokenizer_adds_none() -> None:
     assert starts_with_bos(tokenizer)
     text = render_prompt(tokenizer, [USER], "thinking", R1_DISTILL)
     assert encode_prompt(tokenizer, text) == generation_ids(tokenizer, [USER], "thinking")
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm", "{{ messages[0].content + 1 }}", "{% for"])
+def test_a_template_that_takes_no_text_does_not_matter_to_rows_of_text(name: str) -> None:
+    """Generation then starts as the tokenizer does."""
+    chat_template = template(name) if name.isalnum() else name
+    assert starts_with_bos(deepseek(chat_template, adds_bos=True)) and not starts_with_bos(deepseek(chat_template))
+    with pytest.raises(UserError, match=r"refuses the conversation: .|leaves message 1 \(user\) out"):
+        render_prompt(deepseek(chat_template), [USER], "thinking")
+
+
+def test_named_templates_without_a_default_are_refused_in_one_line() -> None:
+    tokenizer = deepseek("")
+    tokenizer.chat_template = {"rag": template("qwen3"), "tool_use": template("qwen3")}
+    try:
+        with pytest.raises(UserError, match=r"refuses the conversation: This model has multiple chat templates"):
+            render_prompt(tokenizer, [USER], "thinking")
+        assert not starts_with_bos(tokenizer)
+    finally:
+        tokenizer.chat_template = ""  # the tokenizer is shared
 
 
 @pytest.mark.parametrize("head", ["", "<think>\n"])
