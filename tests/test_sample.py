@@ -124,7 +124,7 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitpid(child, 0)[1]
 
 
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 10))])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))])
 def test_a_run_killed_at_any_moment_goes_on(whole: Path, tmp_path: Path, seed: int) -> None:
     """SIGKILL in the middle of writing a response, anywhere in its line; three times, then to the end."""
     rng, output = random.Random(seed), tmp_path / "pairs.jsonl"
