@@ -145,10 +145,8 @@ class SampledRows:
                 part = prompts[start : start + CHUNK]
                 responses = self._scored(part)
                 for prompt in part:
-                    own, pairs = (
-                        {mode: responses[prompt.id, mode] for mode in MODES},
-                        dict[Mode, tuple[str, str] | str](),
-                    )
+                    own = {mode: responses[prompt.id, mode] for mode in MODES}
+                    pairs: dict[Mode, tuple[str, str] | str] = {}
                     unfit = self._holds_bos(prompt)
                     for mode in MODES:
                         pair = options.pairs.pair(own[mode], mode, self.sampler.think, options.seed)
