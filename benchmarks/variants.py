@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import datasets
@@ -19,6 +18,8 @@ import lightning as L
 import torch
 import transformers
 from lightning.fabric.utilities import move_data_to_device
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from turns import CUDA, Turns
 
@@ -136,9 +137,13 @@ def all_pairs(rows: list[Row]) -> list[Row]:
     return [{name: row[prefix + name] for name in names} for prefix in ("", "empty_") for row in rows]
 
 
+def end_alone() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of one token: rows are token ids already, and trainers ask it how they end and are padded."""
+    words = Tokenizer(WordLevel({"<eos>": 0}, unk_token="<eos>"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
+
+
 def run_trl(variant: Variant, setting: Setting, turns: Turns) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
     from trl import DPOConfig, DPOTrainer
 
     class Tokenized(DPOTrainer):  # type: ignore[misc]
@@ -152,7 +157,6 @@ def run_trl(variant: Variant, setting: Setting, turns: Turns) -> None:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             turns.end()
 
-    words = Tokenizer(WordLevel({"<eos>": 0}, unk_token="<eos>"))
     pairs = all_pairs(setting.make_rows())
     Tokenized(
         setting.model,
@@ -177,9 +181,7 @@ def run_trl(variant: Variant, setting: Setting, turns: Turns) -> None:
             disable_tqdm=True,
         ),
         train_dataset=datasets.Dataset.from_list([{f"{k}_ids": v for k, v in pair.items()} for pair in pairs]),
-        processing_class=transformers.PreTrainedTokenizerFast(
-            tokenizer_object=words, eos_token="<eos>", pad_token="<eos>"
-        ),
+        processing_class=end_alone(),
         callbacks=[Timer()],
     ).train()
 
@@ -207,7 +209,7 @@ class SameRows(PairData):
     def __init__(self, rows: list[Row]) -> None:
         super().__init__(batch_size=len(rows))
         self.rows = {"train": datasets.Dataset.from_list(rows)}
-        self.tokenizer: Any = SimpleNamespace(pad_token_id=0)
+        self.tokenizer: Any = end_alone()
 
     def train_dataloader(self) -> Any:
         return self
