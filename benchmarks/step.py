@@ -20,7 +20,8 @@ no option of its.
 Every variant lives in a process of its own and steps when it is told to, so that they take turns in a new random order
 each round. Ratios are taken within a round; their medians, least and largest are shown. They are of CPU times, or of
 wall times on a GPU. Memory is the peak of PyTorch's allocations in a step above what was allocated before it (weights,
-reference, AdamW's moments, window), counted by its allocator in a step that is not timed.
+reference, AdamW's moments, window), counted by its allocator in a step that is not timed. A second table says where
+the time of that step went, as its profiler saw it (kinds_of_work.py).
 
 The floor is the step's necessary products (packed, prompts once, causal attention, logits of completion tokens alone;
 a backward pass twice a forward pass) at the rate of a large product of the model's shape, timed in the same rounds.
@@ -42,6 +43,7 @@ from typing import Any
 
 import record
 import torch
+from kinds_of_work import KINDS
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -115,6 +117,7 @@ def report(variants: list[Variant], setting: Setting, repeats: int, console: Con
     tokens = count_tokens(rows)["packed"]
     flops = {name: necessary_flops(setting, rows, passes) for name, passes in (("live", 4), ("cached", 3))}
     table = Table("variant", "CPU s", "wall s", "over TRL", "over the floor", "tokens/s", "memory MiB")
+    where = Table("% of a step", *KINDS)
     figures: dict[str, Any] = {}
     for variant in variants:
         if variant not in steps:
@@ -125,7 +128,9 @@ def report(variants: list[Variant], setting: Setting, repeats: int, console: Con
         over_floor = ratios(steps, variant, PRODUCT, 1 / floor)
         cpu, wall = median(step.cpu for step in timed), median(step.wall for step in timed)
         rate = tokens / median(step.seconds for step in timed)
-        memory = (steps[variant][-1].peak or 0) / 2**20
+        counted = steps[variant][-1]
+        memory, kinds = (counted.peak or 0) / 2**20, counted.kinds or {}
+        where.add_row(variant.name, *(f"{100 * own / sum(kinds.values()):.1f}" for own in kinds.values()))
         cells = [f"{cpu:.3f}", f"{wall:.3f}", shown(over_trl), shown(over_floor), f"{rate:.0f}", f"{memory:.0f}"]
         table.add_row(variant.name, *cells)
         figures[variant.name] = {
@@ -135,10 +140,12 @@ def report(variants: list[Variant], setting: Setting, repeats: int, console: Con
             "over_floor": summary(over_floor),
             "tokens_per_second": rate,
             "working_mib": memory,
+            "seconds_by_kind": kinds,
         }
     gflops = product_flops(setting) / median(step.seconds for step in steps[PRODUCT][:-1]) / 1e9
     console.print(f"\n{setting.dtype}: the large product at {gflops:.1f} GFLOP/s", highlight=False)
     console.print(table)
+    console.print(where)
     return {"variants": figures, "product_gflops_per_second": gflops, "necessary_flops": flops}
 
 

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar, cast
 
 import torch
+from kinds_of_work import seconds_by_kind
 from torch.profiler import ProfilerActivity, profile
 
 CUDA = torch.cuda.is_available()
@@ -27,15 +28,19 @@ PRELOADED = ["bvpo.module", "trl.trainer.dpo_trainer"]  # imported once for all 
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one step, and bytes: the peak of what PyTorch allocated in it, where that was counted.
+    """Seconds of one step, and of a counted one what it allocated and where its time went.
 
-    What was allocated before the step (weights, the optimizer's moments) is not in the peak. It counts PyTorch's
-    allocator, not the process: neither libraries' scratch nor freed pages that the C library keeps.
+    Attributes:
+        peak: Bytes: the peak of what PyTorch allocated. What was allocated before the step (weights, the optimizer's
+            moments) is not in it. It counts PyTorch's allocator, not the process: neither libraries' scratch nor freed
+            pages that the C library keeps.
+        kinds: Seconds by kind of work.
     """
 
     cpu: float
     wall: float
     peak: int | None = None
+    kinds: dict[str, float] | None = None
 
     @property
     def seconds(self) -> float:
@@ -59,8 +64,9 @@ class Turns:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self.allocated = torch.cuda.memory_allocated()
-        elif self.counted:
-            self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        if self.counted:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
+            self.profiler = profile(activities=activities, profile_memory=not CUDA)
             self.profiler.start()
         self.started = time.process_time(), time.perf_counter()
 
@@ -69,15 +75,18 @@ class Turns:
         if CUDA:
             torch.cuda.synchronize()
         cpu, wall = time.process_time() - self.started[0], time.perf_counter() - self.started[1]
-        peak = None
-        if self.counted and CUDA:
-            peak = torch.cuda.max_memory_allocated() - self.allocated
-        elif self.counted:
+        peak = kinds = None
+        if self.counted:
             self.profiler.stop()
-            results = cast(Any, self.profiler.profiler).kineto_results
-            events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-            peak = max(accumulate(event.nbytes() for event in events))
-        self.pipe.send(Step(cpu, wall, peak))
+            peak = torch.cuda.max_memory_allocated() - self.allocated if CUDA else self._peak()
+            kinds = seconds_by_kind(self.profiler, wall if CUDA else cpu)
+        self.pipe.send(Step(cpu, wall, peak, kinds))
+
+    def _peak(self) -> int:
+        """On a CPU the profiler alone sees what is allocated."""
+        results = cast(Any, self.profiler.profiler).kineto_results
+        events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+        return int(max(accumulate(event.nbytes() for event in events)))
 
 
 Case = TypeVar("Case")
@@ -111,7 +120,7 @@ class Worker:
         self._receive()
 
     def step(self, counted: bool = False) -> Step:
-        """One step; `counted`: with its memory, which costs time."""
+        """One step; `counted`: with its memory and its kinds of work, which costs time."""
         self.pipe.send(counted)
         return cast(Step, self._receive())
 
@@ -132,7 +141,7 @@ class Worker:
 def measure(
     run: Run[Case], cases: Sequence[Case], repeats: int, threads: int, say: Callable[[str], None]
 ) -> dict[Case, list[Step]]:
-    """Timed steps of each case, one a round, and at the end of each list one whose memory was counted.
+    """Timed steps of each case, one a round, and at the end of each list a counted one.
 
     Args:
         repeats: Rounds, after one that warms up.
