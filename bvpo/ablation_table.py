@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
-from bvpo.checkpoints import replacing
+from bvpo.checkpoints import replacing, write_whole
 from bvpo.errors import UserError
 from bvpo.runs import read_table
 
@@ -261,7 +261,7 @@ def write(entries: Sequence[Entry], values: Values, note: str, folder: Path) -> 
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             with replacing(folder / name) as file:
-                file.write(text.encode())
+                write_whole(file, text.encode())
     except OSError as error:
         raise UserError(f"{folder}: the tables cannot be written: {error.strerror}") from error
     return [folder / name for name in texts]

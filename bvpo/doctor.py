@@ -42,8 +42,9 @@ from bvpo.model_checks import (
 from bvpo.module import BVPO
 from bvpo.policy import completion_logps, load_tokenizer
 from bvpo.row_faults import Example
+from bvpo.row_sizes import RowSizes, tokenizer_size
 from bvpo.selection import notes
-from bvpo.shapes import ModelShape, RowSizes, model_shape, tokenizer_size
+from bvpo.shapes import ModelShape, model_shape
 
 USAGE = (
     "python -m bvpo.doctor --config FILE [--config FILE ...] [--rows N] [--row NUMBER] [--plan] [--json] "

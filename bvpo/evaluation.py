@@ -48,7 +48,8 @@ from bvpo.maths import BENCHMARKS
 from bvpo.pairs import encode_completion
 from bvpo.policy import context_length
 from bvpo.rows import without_stop
-from bvpo.sampler import Sampler, Sampling
+from bvpo.sampler import Sampler
+from bvpo.sampling import Sampling
 from bvpo.traces import MODES, Mode, ThinkFormat
 
 NAMED: dict[str, Benchmark] = {

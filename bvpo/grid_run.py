@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from bvpo.cell import LOG, CellJob, last_words, locked
-from bvpo.checkpoints import replacing
+from bvpo.checkpoints import replacing, write_whole
 from bvpo.errors import UserError
 from bvpo.grid import Fit, Grid
 from bvpo.runs import changed_options, read_table
@@ -77,7 +77,7 @@ def check_settings(grid: Grid) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if changed or not path.exists():
                 with replacing(path) as file:
-                    file.write(cell.settings.encode())
+                    write_whole(file, cell.settings.encode())
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 

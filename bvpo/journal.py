@@ -18,7 +18,6 @@ from typing import Any
 
 from bvpo.errors import UserError
 
-SETTINGS = "settings.json"
 SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing
 
 
@@ -108,44 +107,6 @@ class Journal:
             self.sync()
         finally:
             self._file.close()
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """What a folder's records were made with; {} where nothing is written down. Raises UserError for a damaged file."""
-    path = folder / SETTINGS
-    text = ""
-    try:
-        text = path.read_text()
-        found = json.loads(text)
-    except (FileNotFoundError, NotADirectoryError):  # what cannot be a folder is refused where it is written to
-        return {}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(
-            f"{path}: expected the settings of the records beside it, found {text[:40]!r}: the file is damaged; delete "
-            "it if these records were made with the settings given now, and the folder if not"
-        )
-    return found
-
-
-def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Replace them at once, or not at all. Raises UserError where they cannot be written."""
-    path = folder / SETTINGS
-    own = path.with_suffix(f".{os.getpid()}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with own.open("w") as file:
-            file.write(json.dumps(settings, indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        own.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            own.unlink()
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -17,7 +17,8 @@ from bvpo.losses import PairLogps, PreferenceLoss, reward_margin
 from bvpo.machine import Machine, format_bytes
 from bvpo.memory import MemoryEstimate
 from bvpo.policy import by_side, completion_logps
-from bvpo.shapes import ModelShape, RowSizes, frequencies_misfit, positions_misfit, vocabulary_misfit
+from bvpo.row_sizes import RowSizes, frequencies_misfit, positions_misfit, vocabulary_misfit
+from bvpo.shapes import ModelShape
 
 # Of a sum of log-probabilities: the same sequence padded and alone is summed in another order, token by token.
 RELATIVE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2}

@@ -23,7 +23,8 @@ from bvpo.packed import use_attention_kernel, use_packed_attention
 from bvpo.policy import completion_logps, load_policy
 from bvpo.reference import AdapterReference, CachedReference, LiveReference, Reference
 from bvpo.reference_cache import ReferenceCache, weights_fingerprint
-from bvpo.shapes import ModelShape, RowSizes, model_shape, positions_misfit, row_misfit, tokenizer_size
+from bvpo.row_sizes import RowSizes, positions_misfit, row_misfit, tokenizer_size
+from bvpo.shapes import ModelShape, model_shape
 from bvpo.sharding import FSDP2
 from bvpo.slices import is_sharded
 

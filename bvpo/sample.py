@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from bvpo.commands import exit_code, options_parser, read_options
 from bvpo.sample_report import Summary, print_summary
 from bvpo.sampled_rows import SampledRows, check_start
-from bvpo.sampler import Sampler, Sampling
+from bvpo.sampler import Sampler
+from bvpo.sampling import Sampling
 
 
 def run(options: Sampling, progress: bool = True) -> Summary | None:

@@ -25,7 +25,8 @@ from bvpo.rewards import CachedReward, Item, MathAnswer, SequenceRewardModel, Ta
 from bvpo.row_writer import SCHEMA, write_rows
 from bvpo.rows import without_stop
 from bvpo.sample_report import Summary
-from bvpo.sampler import Kind, Sampler, Sampling
+from bvpo.sampler import Kind, Sampler
+from bvpo.sampling import Sampling
 from bvpo.traces import MODES, Mode, split, starts_with_bos
 
 CHUNK = 256  # prompts

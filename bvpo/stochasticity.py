@@ -33,7 +33,8 @@ from bvpo.journal import Journal
 from bvpo.pairs import encode_completion, encode_prompt
 from bvpo.policy import completion_logps
 from bvpo.response_variance import QUANTITIES, Bootstrap, Draw, Draws, Figures, compare
-from bvpo.sampler import Job, Sampler, Sampling
+from bvpo.sampler import Job, Sampler
+from bvpo.sampling import Sampling
 from bvpo.traces import MODES, Mode, think_format
 
 SETTINGS = ("policy", "temperature", "top_p", "max_new_tokens", "seed")  # of a folder of responses

@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from bvpo.batches import collate
-from bvpo.data import InOrder, Microbatch, Microbatches, PairData, PairLoader, StepSampler
+from bvpo.data import Microbatches, PairData, PairLoader
 from bvpo.errors import UserError
+from bvpo.order import InOrder, Microbatch, StepSampler
 from bvpo.pairs import TEXT_COLUMNS, encode_prompt, load_rows, prompt_key, tokenize_row, tokenize_rows
 from tests.conftest import EOS, make_rows, write_rows
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.func import grad, vmap
 
-from bvpo.data import StepSampler
 from bvpo.mixing import Anchor, estimate_alpha
 from bvpo.moments import GradientMoments
 from bvpo.oracle import EMPTY, Oracle, Pairs, Reasoner, descent_bound
+from bvpo.order import StepSampler
 
 BATCHES = (1, 8, 32, 128, 1024)
 DRIFTS = (0.0, 0.05, 0.2, 0.5)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from bvpo.checkpoints import read_checkpoint
-from bvpo.data import Microbatches, PairLoader, StepSampler
+from bvpo.data import Microbatches, PairLoader
 from bvpo.errors import UserError
 from bvpo.optimization import learning_rate_scale
+from bvpo.order import StepSampler
 from tests.conftest import make_rows, write_rows
 
 

@@ -28,7 +28,8 @@ from transformers import (
 from bvpo import doctor, fit
 from bvpo.batches import collate
 from bvpo.policy import completion_logps, load_policy
-from bvpo.shapes import Frequencies, ModelShape, RowSizes, frequencies_misfit, model_shape
+from bvpo.row_sizes import RowSizes, frequencies_misfit
+from bvpo.shapes import Frequencies, ModelShape, model_shape
 from tests.conftest import EOS, make_rows, write_rows
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}

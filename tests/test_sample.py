@@ -22,7 +22,8 @@ from bvpo.journal import Journal
 from bvpo.pairs import load_rows, tokenize_rows
 from bvpo.policy import load_tokenizer
 from bvpo.sampled_rows import SampledRows
-from bvpo.sampler import Sampler, Sampling
+from bvpo.sampler import Sampler
+from bvpo.sampling import Sampling
 from bvpo.selection import RowOptions
 from bvpo.tasks import draw_questions, is_correct
 from bvpo.traces import split

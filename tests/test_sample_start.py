@@ -31,7 +31,8 @@ from bvpo.pairs import encode_completion, load_rows, tokenize_rows
 from bvpo.policy import BUILTIN, load_tokenizer
 from bvpo.prompts import dated
 from bvpo.rewards import Item, Reward
-from bvpo.sampler import PIECE, PIECES, Sampling, differences, model_files
+from bvpo.sampling import Sampling
+from bvpo.sampling_settings import PIECE, PIECES, differences, model_files, read_settings
 from bvpo.selection import RowOptions
 from bvpo.traces import split
 from tests.conftest import write_rows
@@ -246,11 +247,35 @@ def test_on_the_next_day_prompts_have_the_first_days_date(tmp_path: Path, monkey
 # --- Other settings ---------------------------------------------------------------------------------------------------
 
 
-def test_a_raised_limit_is_refused_in_words(tmp_path: Path) -> None:
-    sample.run(options(tmp_path), progress=False)
-    with pytest.raises(UserError, match=r"settings: prompts was a list of 12, is another one of 20 \(file, lim") as it:
-        sample.run(options(tmp_path, limit=20), progress=False)
+def test_a_raised_limit_goes_on(tmp_path: Path) -> None:
+    """The rows are those of one start, nothing is answered again, and the folder is the longer list's from then on."""
+    at_once, in_two = options(tmp_path / "a", limit=20), options(tmp_path / "b", limit=12)
+    sample.run(at_once, progress=False)
+    sample.run(in_two, progress=False)
+    answered = (in_two.work / "responses.jsonl").read_bytes()
+    sample.run(replace(in_two, limit=20), progress=False)
+    assert (in_two.work / "responses.jsonl").read_bytes().startswith(answered)
+    assert Path(in_two.output).read_bytes() == Path(at_once.output).read_bytes()
+    assert read_settings(in_two.work).keys() == read_settings(at_once.work).keys()
+    assert read_settings(in_two.work)["prompt_count"] == 20
+    with pytest.raises(UserError, match=r"settings: prompts was a list of 20, is another one of 12 \(file, lim") as it:
+        sample.run(in_two, progress=False)
     assert len(str(it.value)) < 250 + len(str(tmp_path))  # no hashes
+
+
+def test_prompts_that_come_first_are_refused(tmp_path: Path) -> None:
+    """More prompts are those of before and others behind them; not as many others."""
+    asked = [{"prompt_id": f"p{n}", "prompt": f"What is {n} plus {n}?", "answer": str(2 * n)} for n in range(2, 8)]
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in asked[1:]))
+    sampling = options(tmp_path, prompts=str(source), limit=None)
+    sample.run(sampling, progress=False)
+    source.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    with pytest.raises(UserError, match="prompts was a list of 5, is another one of 6"):
+        sample.run(sampling, progress=False)
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*asked[1:], asked[0]]))
+    sample.run(sampling, progress=False)
+    assert read_settings(sampling.work)["prompt_count"] == 6
 
 
 def test_one_folder_has_one_name(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from bvpo.data import StepSampler
 from bvpo.errors import UserError
 from bvpo.optimization import follow_options, learning_rate_scale, scheduled
+from bvpo.order import StepSampler
 from tests.conftest import make_rows, write_rows
 
 

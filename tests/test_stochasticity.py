@@ -23,7 +23,8 @@ from bvpo.errors import UserError
 from bvpo.pairs import encode_completion
 from bvpo.policy import load_policy
 from bvpo.response_variance import QUANTITIES, Bootstrap, Draw, compare, prompt_moments, ratio_of_means
-from bvpo.sampler import Sampler, Sampling
+from bvpo.sampler import Sampler
+from bvpo.sampling import Sampling
 from bvpo.stochasticity import Study, main, read_draws, run
 from bvpo.traces import MODES, Mode
 
