@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -37,6 +37,11 @@ class Engine(ABC):
             UserError: The policy's configuration cannot be loaded.
         """
         return context_length(policy)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What responses depend on, as it is written down beside them: class and dtype."""
+        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", "dtype": getattr(self, "dtype", None)}
 
 
 @dataclass(frozen=True)

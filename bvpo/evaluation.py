@@ -46,7 +46,6 @@ from bvpo.held_out import HeldOut
 from bvpo.journal import Journal
 from bvpo.maths import BENCHMARKS
 from bvpo.pairs import encode_completion
-from bvpo.policy import context_length
 from bvpo.rows import without_stop
 from bvpo.sampler import Sampler
 from bvpo.sampling import Sampling
@@ -189,6 +188,15 @@ class _Shared(Engine):
         self._backend = self._backend or self._engine.start(policy)
         return self._backend
 
+    def positions(self, policy: str) -> int | None:
+        """The engine's own."""
+        return self._engine.positions(policy)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The engine's own."""
+        return self._engine.identity
+
 
 class _Task:
     """One benchmark's part of an evaluation, in a folder of its own."""
@@ -198,7 +206,7 @@ class _Task:
     ) -> None:
         self.benchmark, self.items, self.options, self.policy = own, items, options, policy
         self.folder, self.progress = Path(options.output) / own.name, progress
-        positions = context_length(policy.path)
+        positions = engine.positions(policy.path)
         if positions is not None and options.max_new_tokens >= positions:
             raise UserError(
                 f"max_new_tokens {options.max_new_tokens}: {policy.path} has {positions} positions for question and "

@@ -166,12 +166,7 @@ class Sampler:
         left = sum(job.key not in journal for block in blocks for job in block)
         if not left:
             return
-        engine = self.options.backend
-        kind = {
-            "class": f"{type(engine).__module__}.{type(engine).__qualname__}",
-            "dtype": getattr(engine, "dtype", None),
-        }
-        settle(self.options.work, {"backend": kind}, {})
+        settle(self.options.work, {"backend": self.options.backend.identity}, {})
         backend = self._backend
         with tqdm(total=total, initial=total - left, desc=label, unit="response", disable=not self.progress) as bar:
             for block in blocks:

@@ -45,7 +45,8 @@ def agree(folder: Path, settings: Mapping[str, Any], begun: Mapping[str, Any]) -
         begun: Those of the first prompts of the list, as many as the folder has been sampled for: more may follow.
     """
     found = read_settings(folder)
-    if differing := differences(found, {**settings, **begun, "prompt_count": settings.get("prompt_count")}):
+    own = {**settings, **begun, "prompt_count": settings.get("prompt_count")}  # words name the length of whole lists
+    if differing := differences(found, own):
         raise UserError(
             f"{folder} holds responses that were sampled with other settings: {'; '.join(differing)}. "
             "Give these again, another output, or delete the folder"

@@ -190,6 +190,19 @@ def test_a_model_is_loaded_once_for_all_benchmarks(
     assert started == ["builtin:tiny_reasoner"]
     run(options, progress=False)  # nothing is left to generate
     assert len(started) == 1
+    settings = json.loads((tmp_path / "out" / "builtin" / "responses.jsonl.work" / "settings.json").read_text())
+    assert settings["backend"] == options.backend.identity  # not what shares it
+
+
+def test_a_raised_limit_goes_on(tmp_path: Path) -> None:
+    def at(name: str, limit: int) -> dict[str, bytes]:
+        output = tmp_path / name
+        options = Evaluation("builtin:tiny_reasoner", ["builtin"], str(output), limit=limit, max_new_tokens=160)
+        run(options, progress=False)
+        return {path: (output / path).read_bytes() for path in ("results.json", "builtin/responses.jsonl")}
+
+    at("raised", 2)
+    assert at("raised", 3) == at("at once", 3)
 
 
 # ---------------------------------------------------------------------- from all that --policy takes
