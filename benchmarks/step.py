@@ -21,7 +21,7 @@ Every variant lives in a process of its own and steps when it is told to, so tha
 each round. Ratios are taken within a round; their medians, least and largest are shown. They are of CPU times, or of
 wall times on a GPU. Memory is the peak of PyTorch's allocations in a step above what was allocated before it (weights,
 reference, AdamW's moments, window), counted by its allocator in a step that is not timed. A second table says where
-the time of that step went, as its profiler saw it (kinds_of_work.py).
+the time of three such steps went, as the profiler saw it (kinds_of_work.py).
 
 The floor is the step's necessary products (packed, prompts once, causal attention, logits of completion tokens alone;
 a backward pass twice a forward pass) at the rate of a large product of the model's shape, timed in the same rounds.

@@ -13,9 +13,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from multiprocessing.connection import Connection
+from statistics import fmean
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,6 +24,7 @@ from kinds_of_work import seconds_by_kind
 from torch.profiler import ProfilerActivity, profile
 
 CUDA = torch.cuda.is_available()
+COUNTED = 3  # steps whose kinds of work are averaged: page faults fall on whatever comes first
 PRELOADED = ["bvpo.module", "trl.trainer.dpo_trainer"]  # imported once for all processes, where they are there
 
 
@@ -46,6 +48,11 @@ class Step:
     def seconds(self) -> float:
         """A GPU's work is no CPU time."""
         return self.wall if CUDA else self.cpu
+
+
+def mean_of(kinds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Seconds by kind of work, of several steps."""
+    return {kind: fmean(own[kind] for own in kinds) for kind in kinds[0]}
 
 
 class Turns:
@@ -164,7 +171,8 @@ def measure(
                     if number >= 0:
                         steps[case].append(step)
             for case, worker in workers.items():
-                steps[case].append(worker.step(counted=True))
+                counted = [worker.step(counted=True) for _ in range(COUNTED)]
+                steps[case].append(replace(counted[-1], kinds=mean_of([step.kinds or {} for step in counted])))
         finally:
             for worker in workers.values():
                 worker.close()
