@@ -24,7 +24,13 @@ reference, AdamW's moments, window), counted by its allocator in a step that is 
 the time of three such steps went, as the profiler saw it (kinds_of_work.py).
 
 The floor is the step's necessary products (packed, prompts once, causal attention, logits of completion tokens alone;
-a backward pass twice a forward pass) at the rate of a large product of the model's shape, timed in the same rounds.
+a backward pass twice a forward pass) at the rate of a large product of the model's shape, timed in the same rounds. On
+a GPU whose peak is known (bvpo.throughput), MFU is the rate of these products over that peak.
+
+On a GPU of 80 GB, with TRL's Liger kernels and FlashAttention where they are installed (not yet run):
+
+    python benchmarks/step.py --shape qwen2-1.5b --dtype bf16 --rows 1 \\
+        --prompt-tokens 256 512 --trace-tokens 1024 3072 --answer-tokens 128 512
 
 The default lengths and seed are chosen for 7,440 tokens a forward pass where all pairs are padded jointly, 5,520 where
 each estimator's are, 4,016 packed and 3,276 with each prompt once (the run that this table is compared with had 7,424,
@@ -39,7 +45,7 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import record
 import torch
@@ -47,8 +53,10 @@ from kinds_of_work import KINDS
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
-from turns import Step, measure
-from variants import PRODUCT, TRL, VARIANTS, Case, Row, Setting, Variant, all_pairs, product_flops, run
+from turns import CUDA, Step, measure
+from variants import PRECISIONS, PRODUCT, TRL, VARIANTS, Case, Row, Setting, Variant, all_pairs, product_flops, run
+
+from bvpo.throughput import peak_flops
 
 Steps = dict[Variant, list[Step]]  # of which the last one's memory was counted
 
@@ -116,7 +124,9 @@ def report(variants: list[Variant], setting: Setting, repeats: int, console: Con
     rows = setting.make_rows()
     tokens = count_tokens(rows)["packed"]
     flops = {name: necessary_flops(setting, rows, passes) for name, passes in (("live", 4), ("cached", 3))}
-    table = Table("variant", "CPU s", "wall s", "over TRL", "over the floor", "tokens/s", "memory MiB")
+    peak = peak_flops(torch.cuda.get_device_name(), PRECISIONS[setting.dtype]) if CUDA else None
+    columns = ["CPU s", "wall s", "over TRL", "over the floor", "tokens/s", "memory MiB", *(["MFU %"] if peak else [])]
+    table = Table("variant", *columns)
     where = Table("% of a step", *KINDS)
     figures: dict[str, Any] = {}
     for variant in variants:
@@ -132,6 +142,8 @@ def report(variants: list[Variant], setting: Setting, repeats: int, console: Con
         memory, kinds = (counted.peak or 0) / 2**20, counted.kinds or {}
         where.add_row(variant.name, *(f"{100 * own / sum(kinds.values()):.1f}" for own in kinds.values()))
         cells = [f"{cpu:.3f}", f"{wall:.3f}", shown(over_trl), shown(over_floor), f"{rate:.0f}", f"{memory:.0f}"]
+        utilisation = peak and sum(flops[variant.reference].values()) / peak / median(s.seconds for s in timed)
+        cells += [f"{100 * utilisation:.1f}"] if utilisation else []
         table.add_row(variant.name, *cells)
         figures[variant.name] = {
             "cpu_seconds": [step.cpu for step in timed],
@@ -140,6 +152,7 @@ def report(variants: list[Variant], setting: Setting, repeats: int, console: Con
             "over_floor": summary(over_floor),
             "tokens_per_second": rate,
             "working_mib": memory,
+            "model_flops_utilisation": utilisation,
             "seconds_by_kind": kinds,
         }
     gflops = product_flops(setting) / median(step.seconds for step in steps[PRODUCT][:-1]) / 1e9
@@ -156,6 +169,7 @@ def parse() -> argparse.Namespace:
     for name in ("prompt", "trace", "answer"):
         bounds: Any = {"nargs": 2, "type": int, "default": getattr(default, name), "metavar": ("LOW", "HIGH")}
         parser.add_argument(f"--{name}-tokens", dest=name, **bounds)
+    parser.add_argument("--shape", choices=get_args(get_type_hints(Setting)["shape"]), default=default.shape)
     for name in ("rows", "layers", "hidden", "vocabulary", "threads", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(default, name))
     parser.add_argument("--model", metavar="FOLDER", help="a real model instead of a random one")
@@ -167,6 +181,9 @@ def parse() -> argparse.Namespace:
         low, high = getattr(options, name)
         if not 1 <= low <= high:
             parser.error(f"--{name}-tokens {low} {high}: expected 1 ≤ LOW ≤ HIGH")
+    sizes = ("layers", "hidden", "vocabulary")
+    if options.shape != default.shape and any(getattr(options, name) != getattr(default, name) for name in sizes):
+        parser.error(f"--shape {options.shape} says how large the model is: leave out --layers, --hidden, --vocabulary")
     if options.model is not None and not Path(options.model, "config.json").is_file():
         parser.error(f"--model {options.model}: no config.json there; give a folder saved by `save_pretrained`")
     return options

@@ -63,6 +63,8 @@ class Turns:
 
     def begin(self) -> None:
         """Wait until a step is asked for."""
+        if CUDA:
+            torch.cuda.empty_cache()  # the other processes' steps want the room
         if not self.ready:
             self.pipe.send("ready")
             self.ready = True

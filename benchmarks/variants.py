@@ -5,11 +5,11 @@ Shapes and words are those of `bvpo`; a row is a trace pair and an empty-trace p
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import count
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ import transformers
 from lightning.fabric.utilities import move_data_to_device
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from turns import CUDA, Turns
 
 from bvpo.batches import PairBatch, collate
@@ -38,6 +38,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-true"}
 PRODUCT_ROWS, PRODUCTS = 4096, 20
 DEVICE = "cuda" if CUDA else "cpu"
+LIGER = (False, True) if CUDA and find_spec("liger_kernel") else (False,)  # TRL's options
+FLASH = (False, True) if CUDA and find_spec("flash_attn") else (False,)
 
 Row = dict[str, Any]
 
@@ -48,7 +50,9 @@ class Setting:
 
     Attributes:
         prompt, trace, answer: Least and most tokens.
-        model: Folder of a model; None is a random Llama with heads of 64 numbers, of the shape of SmolLM2's.
+        shape: Of the random model: `smollm2` is a Llama with heads of 64 numbers whose size the next three say,
+            `qwen2-1.5b` is Qwen2-1.5B whole.
+        model: Folder of a model in its place.
     """
 
     dtype: str = "fp32"
@@ -56,6 +60,7 @@ class Setting:
     trace: tuple[int, int] = (100, 310)
     answer: tuple[int, int] = (20, 120)
     rows: int = 4
+    shape: Literal["smollm2", "qwen2-1.5b"] = "smollm2"
     layers: int = 3
     hidden: int = 576
     vocabulary: int = 4096
@@ -66,6 +71,16 @@ class Setting:
     def config(self) -> Any:
         if self.model is not None:
             return AutoConfig.from_pretrained(self.model)
+        if self.shape == "qwen2-1.5b":
+            return Qwen2Config(
+                vocab_size=151_936,
+                hidden_size=1536,
+                intermediate_size=8960,
+                num_hidden_layers=28,
+                num_attention_heads=12,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+            )
         heads = max(1, self.hidden // 64)
         return LlamaConfig(
             vocab_size=self.vocabulary,
@@ -83,7 +98,7 @@ class Setting:
             return self
         torch.manual_seed(self.seed)
         transformers.logging.disable_progress_bar()
-        LlamaForCausalLM(self.config()).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(self.config()).save_pretrained(folder)
         return replace(self, model=folder)
 
     def make_rows(self) -> list[Row]:
@@ -110,17 +125,24 @@ class Variant:
     reference: Literal["live", "cached"] = "live"
     statistics: bool = False
     liger: bool = False
+    flash: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.reference}" + "+α̂" * self.statistics + "+liger" * self.liger
+        return f"{self.kind}-{self.reference}" + "+α̂" * self.statistics + "+liger" * self.liger + "+flash" * self.flash
 
 
 TRL, PRODUCT = Variant("trl"), Variant("product")
 VARIANTS = [
     TRL,
     Variant("trl", "cached"),
-    *([Variant("trl", "cached", liger=True)] if CUDA and importlib.util.find_spec("liger_kernel") else []),
+    *([Variant("trl", "cached", liger=True)] if CUDA and find_spec("liger_kernel") else []),
+    *([Variant("trl", "cached", flash=True)] if CUDA and find_spec("flash_attn") else []),
+    *(
+        [Variant("trl", "cached", liger=True, flash=True)]
+        if CUDA and find_spec("liger_kernel") and find_spec("flash_attn")
+        else []
+    ),
     Variant("joint", "cached"),
     *(
         Variant(kind, reference, statistics)
@@ -158,11 +180,12 @@ def run_trl(variant: Variant, setting: Setting, turns: Turns) -> None:
             turns.end()
 
     pairs = all_pairs(setting.make_rows())
+    attention = "flash_attention_2" if variant.flash else "sdpa"
     Tokenized(
         setting.model,
         args=DPOConfig(
             output_dir=tempfile.mkdtemp(),
-            model_init_kwargs={"dtype": DTYPES[setting.dtype], "attn_implementation": "sdpa"},
+            model_init_kwargs={"dtype": DTYPES[setting.dtype], "attn_implementation": attention},
             precompute_ref_log_probs=variant.reference == "cached",
             per_device_train_batch_size=len(pairs),
             use_liger_kernel=variant.liger,

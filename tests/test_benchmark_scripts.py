@@ -6,9 +6,11 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -54,6 +56,13 @@ def test_a_compared_step_can_be_taken(name: str, tmp_path: Path) -> None:
     with pytest.raises(Enough):
         variants.run(variants.Case(variant, setting), turns)
     assert turns.begun == turns.ended == 2
+
+
+def test_the_model_for_a_gpu_is_qwen2() -> None:
+    variants = importlib.import_module("variants")
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(variants.Setting(shape="qwen2-1.5b").config())
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.54e9, rel=0.01)
 
 
 def test_the_work_of_a_step_is_told_by_its_operations() -> None:
