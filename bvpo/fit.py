@@ -17,9 +17,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from bvpo.checkpoints import LAST, AtomicCheckpointIO, StepCheckpoint
 from bvpo.checks import quick_checks, require
+from bvpo.compatibility import check_trainer
 from bvpo.data import PairData
 from bvpo.errors import UserError
-from bvpo.module import BVPO, check_trainer
+from bvpo.module import BVPO
 from bvpo.report import StepProgress, print_report
 from bvpo.runs import (
     ConfigSaver,

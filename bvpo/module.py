@@ -25,14 +25,13 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from bvpo import ranks
 from bvpo.batches import BRANCHES, PairBatch, SequenceBatch
+from bvpo.compatibility import check_policy, check_trainer, with_fitting_statistics
 from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.gradients import GradientMixer, Group, layer_groups, single_group
@@ -41,16 +40,13 @@ from bvpo.losses import DPO, PreferenceLoss
 from bvpo.mixing import Fixed, MixingPolicy
 from bvpo.models import Models
 from bvpo.monitor import GradientMonitor
-from bvpo.optimization import adamw, follow_options, scheduled
+from bvpo.optimization import SkippedSteps, adamw, follow_options, scheduled
 from bvpo.passes import Passes
 from bvpo.policy import resolve_model
 from bvpo.records import StepRecord, ValidationRecord, gradient_metrics
 from bvpo.reference import CachedReference, LiveReference, Reference
-from bvpo.sharding import FSDP2
 from bvpo.slices import is_sharded
 from bvpo.throughput import ModelFlops, peak_flops, peak_memory
-
-SKIPS_IN_A_ROW = 10
 
 
 class BVPO(L.LightningModule):
@@ -137,8 +133,7 @@ class BVPO(L.LightningModule):
         self.reference: Reference | None = None
         self.monitor: GradientMonitor | None = None
         self.metrics: dict[str, float] = {}  # of the last optimizer step
-        self.skipped = 0
-        self._skipped_in_a_row = 0
+        self.skips = SkippedSteps()
         self._step: StepRecord | None = None
 
     # ------------------------------------------------------------------ models, statistics, optimizer
@@ -286,7 +281,7 @@ class BVPO(L.LightningModule):
         metrics = dict(zip(tensors, values, strict=True))
         metrics |= {"mixing/alpha": step.alpha, "learning_rate": scheduler.get_last_lr()[0]}
         number = self.global_step
-        if not self._finite(metrics, number):
+        if not self.skips.may_step(metrics, number):
             optimizer.zero_grad()
             return
         optimizer.step()
@@ -299,29 +294,11 @@ class BVPO(L.LightningModule):
             metrics["memory/peak_gib"] = memory
         self._log_step(metrics, number)
 
-    def _finite(self, metrics: dict[str, float], number: int) -> bool:
-        """Whether the step may be taken. A broken gradient touches neither the weights nor the window."""
-        watched = ("gradient/trace_norm", "gradient/empty_norm", "gradient/mixed_norm")
-        broken = [name for name in watched if not math.isfinite(metrics.get(name, 0.0))]
-        if not broken:
-            self._skipped_in_a_row = 0
-            return True
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        found = ", ".join(f"{name} = {metrics[name]}" for name in broken)
-        if self._skipped_in_a_row >= SKIPS_IN_A_ROW:
-            raise UserError(
-                f"step {number}: {found}; {SKIPS_IN_A_ROW} optimizer steps in a row had a gradient that is not finite. "
-                "Lower the learning rate, train in bf16-mixed or fp32, or look for broken rows"
-            )
-        rank_zero_warn(f"step {number} skipped ({self.skipped} so far): {found}")
-        return False
-
     def _log_step(self, metrics: dict[str, float], number: int) -> None:
         """Log once an optimizer step, on the number of steps taken before it: step 0 is the untrained policy."""
         # no cosine with a gradient of 0
         there = {name: value for name, value in metrics.items() if not math.isnan(value)}
-        self.metrics = there | {"skipped_steps": float(self.skipped)}
+        self.metrics = there | {"skipped_steps": float(self.skips.total)}
         if (every := cast(Any, self.trainer).log_every_n_steps) and number % every == 0:
             for logger in self.loggers:
                 logger.log_metrics(self.metrics, step=number)
@@ -350,7 +327,7 @@ class BVPO(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         lora = None if self.lora is None else asdict(self.lora)
-        checkpoint["bvpo"] = {"policy": self.policy_name, "skipped": self.skipped, "lora": lora}
+        checkpoint["bvpo"] = {"policy": self.policy_name, "skipped": self.skips.total, "lora": lora}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The policy's weights, or its adapters alone, and the statistics."""
@@ -359,41 +336,7 @@ class BVPO(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out statistics of other options. Raises UserError where the checkpoint is of another model."""
-        state, own = checkpoint["state_dict"], self.state_dict()
-        found = {k: tuple(v.shape) for k, v in state.items() if k.startswith("policy.")}
-        expected = {k: tuple(v.shape) for k, v in own.items() if k.startswith("policy.")}
-        if found != expected:
-            name = checkpoint.get("bvpo", {}).get("policy", "another model")
-            differing = sum(found.get(key) != expected.get(key) for key in found.keys() | expected.keys())
-            raise UserError(
-                f"the checkpoint is of {name}, the policy is {self.policy_name}: {differing} tensors differ. "
-                "Give the checkpoint's own policy with --model.policy, or another checkpoint"
-            )
-        self.skipped = checkpoint.get("bvpo", {}).get("skipped", 0)
-        if statistics_shapes(state) != statistics_shapes(own):
-            rank_zero_warn(
-                "the checkpoint's gradient statistics were kept with other options (model.mixing, model.sketch_size): "
-                "they are left out, and the window starts anew"
-            )
-            kept = {name: value for name, value in state.items() if not name.startswith("monitor.")}
-            checkpoint["state_dict"] = kept | {name: own[name] for name in statistics_shapes(own)}
-
-
-def statistics_shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the windows' tensors in a module's state; of prompts, whose number a unit grows, the units alone."""
-    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items() if name.startswith("monitor.")}
-    return {name: shape[:1] if name.endswith(".prompts") else shape for name, shape in shapes.items()}
-
-
-def check_trainer(trainer: L.Trainer) -> None:
-    """Raises UserError where the trainer is set up in a way that the module would train wrongly."""
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | FSDP2):
-        raise UserError(
-            f"strategy {type(trainer.strategy).__name__}: gradients are mixed and summed over processes for one "
-            "device, ddp and fsdp2 only: set --trainer.strategy fsdp2, which divides parameters over all processes"
-        )
-    if trainer.precision in ("16-mixed", "16-true"):
-        raise UserError(
-            f"precision {trainer.precision}: fp16 gradients are scaled, which clipping and statistics do not undo; "
-            "use bf16-mixed, bf16-true or 32-true"
-        )
+        kept, own = checkpoint.get("bvpo", {}), self.state_dict()
+        check_policy(checkpoint["state_dict"], own, kept.get("policy", "another model"), self.policy_name)
+        self.skips.total = kept.get("skipped", 0)
+        checkpoint["state_dict"] = with_fitting_statistics(checkpoint["state_dict"], own)

@@ -1,19 +1,23 @@
-"""The optimizer, and what its learning rate does over the steps of a fit."""
+"""The optimizer, what its learning rate does over the steps of a fit, and which steps are not taken."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 import torch._functorch.config
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from bvpo import ranks
 from bvpo.errors import UserError
+
+WATCHED = ("gradient/trace_norm", "gradient/empty_norm", "gradient/mixed_norm")
+SKIPS_IN_A_ROW = 10
 
 
 def adamw(name: str, parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float) -> Optimizer:
@@ -68,3 +72,31 @@ def learning_rate_scale(step: int, total: float, warmup: int, schedule: str) -> 
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
     return 1 - progress if schedule == "linear" else 1.0
+
+
+class SkippedSteps:
+    """Optimizer steps that are not taken, as their gradient is not finite: it touches neither weights nor window.
+
+    Attributes:
+        total: Of the whole run.
+    """
+
+    def __init__(self) -> None:
+        self.total = self._in_a_row = 0
+
+    def may_step(self, metrics: Mapping[str, float], number: int) -> bool:
+        """Whether a step with these norms is taken; a warning says why not. Raises UserError at the tenth in a row."""
+        broken = [name for name in WATCHED if not math.isfinite(metrics.get(name, 0.0))]
+        if not broken:
+            self._in_a_row = 0
+            return True
+        self.total += 1
+        self._in_a_row += 1
+        found = ", ".join(f"{name} = {metrics[name]}" for name in broken)
+        if self._in_a_row >= SKIPS_IN_A_ROW:
+            raise UserError(
+                f"step {number}: {found}; {SKIPS_IN_A_ROW} optimizer steps in a row had a gradient that is not finite. "
+                "Lower the learning rate, train in bf16-mixed or fp32, or look for broken rows"
+            )
+        rank_zero_warn(f"step {number} skipped ({self.total} so far): {found}")
+        return False

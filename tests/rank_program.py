@@ -151,7 +151,7 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch.closes_step:
-            self.metrics.append({**module.metrics, "step": trainer.global_step, "skipped": module.skipped})
+            self.metrics.append({**module.metrics, "step": trainer.global_step, "skipped": module.skips.total})
             state = module.optimizers().optimizer.state
             self.bytes["optimizer"] = _bytes(t for own in state.values() for t in own.values() if t.ndim)
             self.bytes["parameters"] = _bytes(module.policy.parameters())

@@ -376,7 +376,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_leaves_the_window_clea
     Breaking.calls, Breaking.broken = 0, {3}
     with pytest.warns(UserWarning, match=r"step 1 skipped \(1 so far\): gradient/trace_norm = nan"):
         module, seen = train(make_rows(32), loss=Breaking(), steps=3)
-    assert module.skipped == 1 and len(seen.mixed) == 3
+    assert module.skips.total == 1 and len(seen.mixed) == 3
     assert module.monitor is not None
     assert module.monitor.window.moments().vectors.isfinite().all() and int(module.monitor.window.seen) == 3
     assert all(p.isfinite().all() for p in module.policy.parameters())
