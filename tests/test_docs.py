@@ -180,7 +180,7 @@ def test_the_gate_finds_the_test_command() -> None:
     block = PAGES["README.md"].partition("<!-- test command -->")[2].lstrip()
     body = FENCE.findall(block)[0][1]
     assert block.startswith("```bash") and body.count("\n") == 1
-    assert ".venv/bin/python -m pytest -n auto --dist loadgroup" in body
+    assert ".venv/bin/python -m pytest -n auto --dist loadfile" in body
 
 
 # ---------------------------------------------------------------------- names

@@ -20,7 +20,7 @@ FIGURES = {"ablations": 3, "gradient_variance": 7, "mixing_weight": 6, "stochast
 def execute(path: Path) -> Any:
     """The notebook, run from a clean kernel in its own folder; an error in a cell is raised."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
     return notebook
 
 

@@ -28,7 +28,6 @@ from tests.conftest import make_rows, write_rows
 from tests.rank_program import ALONE, EIGHT_BITS, FAULTS, ONE_RANK, TWO_RANKS, flip
 
 Found = dict[str, Any]
-pytestmark = pytest.mark.xdist_group("ranks")  # all fits run once, for all tests
 
 
 def launch(folder: Path, ranks: int, names: list[str], timeout: float = 400) -> str:
