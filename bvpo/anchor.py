@@ -41,27 +41,37 @@ def marginal_logps(logps: Tensor, proposal: Tensor, completion: Tensor, completi
 
 @dataclass(frozen=True)
 class AnchorQuality:
-    """How far an anchor can be trusted, averaged over completions.
+    """How far an anchor can be trusted: sums over completions, so that microbatches and ranks add up to one mean.
 
     Attributes:
-        effective_size: 1/Σ w² of the normalised weights w_k ∝ π(r_k,y|x)/q(r_k|x): at most K.
-        half_difference: |log π(y|x) from the even traces − from the odd ones|, in nats; NaN where K = 1.
+        sums: (4,) effective sizes, completions, half differences, completions with two traces or more.
     """
 
-    effective_size: Tensor
-    half_difference: Tensor
+    sums: Tensor
+
+    @property
+    def effective_size(self) -> Tensor:
+        """1/Σ w² of the normalised weights w_k ∝ π(r_k,y|x)/q(r_k|x), a completion's mean: at most K."""
+        return self.sums[0] / self.sums[1]
+
+    @property
+    def half_difference(self) -> Tensor:
+        """|log π(y|x) from the even traces − from the odd ones| in nats, the mean over completions with two traces or
+        more; NaN where there is none."""
+        return self.sums[2] / self.sums[3]
 
 
 @torch.no_grad()
 def anchor_quality(logps: Tensor, proposal: Tensor, completion: Tensor, completions: int) -> AnchorQuality:
-    """Quality of the estimates of `marginal_logps`, from the same arguments."""
+    """Quality of the estimates of `marginal_logps`, from the same arguments; float64."""
     weights = logps - proposal
     total = group_logsumexp(weights, completion, completions)
     square = torch.zeros_like(total).scatter_add(0, completion, (2 * (weights - total[completion])).exp())
     even = _rank_in_group(completion) % 2 == 0
     halves = [marginal_logps(logps[half], proposal[half], completion[half], completions) for half in (even, ~even)]
-    difference = (halves[0] - halves[1]).abs()
-    return AnchorQuality((1 / square).mean(), difference[difference.isfinite()].mean())
+    size, difference = 1 / square, (halves[0] - halves[1]).abs()[torch.bincount(completion, minlength=completions) > 1]
+    sums = [size.sum(), torch.ones_like(size).sum(), difference.sum(), torch.ones_like(difference).sum()]
+    return AnchorQuality(torch.stack(sums).double())
 
 
 def marginal_coefficients(

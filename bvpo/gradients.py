@@ -5,10 +5,12 @@ Shapes: P parameters (the flat gradient's length), D numbers of a sketch.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -26,9 +28,15 @@ KEPT = 1 << 26  # parameters of a model whose signs are kept: hashing them takes
 class Sketch:
     """A random linear map from P to D numbers whose inner products are unbiased for those of the gradients.
 
-    Element i is added to entry i mod D with a random sign s(i), so E⟨Sa, Sb⟩ = ⟨a, b⟩ over the signs, and the standard
-    deviation is at most about ‖a‖‖b‖ √(2/D): 0.8% of the norms at the default D. The sign is a hash of (seed, i) alone:
-    it is the same for every sharding and every order. Where P ≤ D the map is the identity.
+    Element i is added to entry i mod D with a random sign s(i), so E⟨Sa, Sb⟩ = ⟨a, b⟩ over the signs. The standard
+    deviation is about ‖a‖‖b‖ √(2/D), 0.8% of the norms at the default size, where the gradient's mass is spread evenly
+    over the entries, and more where it gathers on few. D is therefore a prime: no width of a matrix divides it, so
+    neither a row nor a column gathers. The sign is a hash of (seed, i) alone: it is the same for every sharding and
+    every order. Where P ≤ size the map is the identity.
+
+    Attributes:
+        parameters: P.
+        size: Numbers that a sketch may have.
     """
 
     parameters: int
@@ -41,8 +49,8 @@ class Sketch:
 
     @property
     def width(self) -> int:
-        """Numbers of one sketch: min(P, D)."""
-        return min(self.parameters, self.size)
+        """D, the numbers of one sketch: P, or the largest prime up to `size`."""
+        return self.parameters if self.exact else largest_prime(self.size)
 
     def add_(self, sketch: Tensor, values: Tensor, offset: int) -> None:
         """Add elements `offset … offset + len(values)` of the flat gradient to `sketch`, (D,), in place."""
@@ -52,16 +60,23 @@ class Sketch:
         for start in range(0, len(values), CHUNK):
             chunk = values[start : start + CHUNK].to(sketch.dtype)
             sign = signs(offset + start, len(chunk), self.seed, chunk.device).to(chunk.dtype)
-            self._fold_(sketch, chunk * sign, (offset + start) % self.size)
+            self._fold_(sketch, chunk * sign, (offset + start) % self.width)
 
     def _fold_(self, sketch: Tensor, chunk: Tensor, column: int) -> None:
-        head = min(self.size - column, len(chunk))
+        width = self.width
+        head = min(width - column, len(chunk))
         sketch[column : column + head] += chunk[:head]
-        rows = (len(chunk) - head) // self.size
+        rows = (len(chunk) - head) // width
         if rows:
-            sketch += chunk[head : head + rows * self.size].view(rows, self.size).sum(0)
-        tail = chunk[head + rows * self.size :]
+            sketch += chunk[head : head + rows * width].view(rows, width).sum(0)
+        tail = chunk[head + rows * width :]
         sketch[: len(tail)] += tail
+
+
+@cache
+def largest_prime(limit: int) -> int:
+    """The largest prime up to `limit`; 1 where there is none."""
+    return next((n for n in range(limit, 1, -1) if all(n % d for d in range(2, math.isqrt(n) + 1))), 1)
 
 
 def signs(first: int, count: int, seed: int, device: torch.device) -> Tensor:

@@ -112,8 +112,8 @@ class ErrorTerms:
 
         `keep` is a (K, M) indicator of the units that each of K estimates is made from.
         """
-        statistics, overlap = moments.statistics(keep), moments.overlap[..., None]
-        inner = statistics.inner
+        statistics = moments.statistics(keep)
+        inner, overlap = statistics.inner, statistics.overlap  # a replicate's overlap varies as its biases do
         covariance = torch.where(overlap > 0, statistics.covariance * overlap, 0.0)
         mu = TRACE if anchor == "trace" else ANCHOR
         return cls(
@@ -279,7 +279,8 @@ class Optimal(MixingPolicy):
     """α̂ of the last `window` optimizer steps, for the batch in use.
 
     Args:
-        warmup_steps: Steps taken with `start` before α̂ is trusted.
+        warmup_steps: Optimizer steps taken with `start` before α̂ is trusted: with the marginal anchor too, which is
+            measured in one of `anchor_every` of them.
         bounds: α is kept within them.
         start: α until then, and wherever there is no estimate.
     """

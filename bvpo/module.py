@@ -25,6 +25,7 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -43,7 +44,7 @@ from bvpo.monitor import GradientMonitor
 from bvpo.optimization import SkippedSteps, adamw, follow_options, scheduled
 from bvpo.passes import Passes
 from bvpo.policy import resolve_model
-from bvpo.records import StepRecord, ValidationRecord, gradient_metrics
+from bvpo.records import StepRecord, ValidationRecord, gradient_metrics, trains
 from bvpo.reference import CachedReference, LiveReference, Reference
 from bvpo.slices import is_sharded
 from bvpo.throughput import ModelFlops, peak_flops, peak_memory
@@ -134,6 +135,7 @@ class BVPO(L.LightningModule):
         self.monitor: GradientMonitor | None = None
         self.metrics: dict[str, float] = {}  # of the last optimizer step
         self.skips = SkippedSteps()
+        self._warned = False  # of steps whose pairs have no weight
         self._step: StepRecord | None = None
 
     # ------------------------------------------------------------------ models, statistics, optimizer
@@ -220,7 +222,8 @@ class BVPO(L.LightningModule):
         self.passes = Passes(
             self.policy, self.reference, self.loss, self.gradients, self.manual_backward, self._data.max_tokens
         )
-        self.batch_rows = self._data.sampler().step_rows
+        order = self._data.sampler()
+        self.batch_rows = min(order.step_rows, order.rows)  # an epoch may be less than a batch
 
     def on_train_start(self) -> None:
         """All is restored by now: sharded runs load their checkpoint behind `on_fit_start`."""
@@ -258,10 +261,21 @@ class BVPO(L.LightningModule):
 
     def _weights(self, batch: PairBatch) -> list[float]:
         """α of each parameter group, from past steps only. Where a step has no pair of one estimator, the other one's
-        gradient is all there is."""
-        if not (batch.trace.step_pairs and batch.empty.step_pairs):
-            return [float(batch.trace.step_pairs > 0)] * len(self.gradients.groups)
-        return self._next_weights()
+        gradient is all there is: it is taken whole, unless `mixing` gives it no weight. No parameter has a gradient
+        then, and the optimizer leaves all as they are, momentum and weight decay included."""
+        alphas, pairs = self._next_weights(), (batch.trace.step_pairs, batch.empty.step_pairs)
+        if all(pairs):
+            return alphas
+        if trains(alphas, pairs):
+            return [float(pairs[0] > 0)] * len(alphas)
+        if not self._warned:
+            kind = "trace" if pairs[0] else "empty-trace"
+            rank_zero_warn(
+                f"step {self.global_step}: its rows have {kind} pairs alone, to which α = {alphas[0]:g} gives no "
+                "weight: it and steps like it leave the policy as it is"
+            )
+        self._warned = True
+        return alphas
 
     def _next_weights(self) -> list[float]:
         if self.monitor is not None:
@@ -276,11 +290,11 @@ class BVPO(L.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(self._trained(), self.clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         units = step.units(self._data.batch_size, sharded)
-        tensors = step.means(self.peak) | {"gradient/mixed_norm": norm} | (gradient_metrics(units) if units else {})
+        tensors = step.means() | {"gradient/mixed_norm": norm} | (gradient_metrics(units) if units else {})
         values = torch.stack([value.detach().double().to(self.device) for value in tensors.values()]).tolist()
         metrics = dict(zip(tensors, values, strict=True))
         metrics |= {"mixing/alpha": step.alpha, "learning_rate": scheduler.get_last_lr()[0]}
-        number = self.global_step
+        work, number = (metrics.pop("tokens"), metrics.pop("flops")), self.global_step
         if not self.skips.may_step(metrics, number):
             optimizer.zero_grad()
             return
@@ -292,7 +306,7 @@ class BVPO(L.LightningModule):
             metrics |= self.monitor.metrics(step.weights)
         if (memory := peak_memory(self.device)) is not None:
             metrics["memory/peak_gib"] = memory
-        self._log_step(metrics, number)
+        self._log_step(metrics | step.rates(*work, self.peak), number)
 
     def _log_step(self, metrics: dict[str, float], number: int) -> None:
         """Log once an optimizer step, on the number of steps taken before it: step 0 is the untrained policy."""

@@ -137,9 +137,7 @@ class GradientMoments:
 
         1 where every row has both pairs; 0 where the estimators have no row in common.
         """
-        own = self.counts.sum(-1)
-        either = own[TRACE, TRACE] + own[EMPTY, EMPTY] - own[TRACE, EMPTY]
-        return either * own / torch.outer(own.diagonal(), own.diagonal())
+        return self.statistics().overlap[..., 0]
 
     def statistics(self, keep: Tensor | None = None) -> GradientStatistics:
         """The U-statistics of all units, or of K subsets at once: `keep` is a (K, M) indicator."""
@@ -158,7 +156,10 @@ class GradientMoments:
         scale = own[:, None] * own / torch.where(shares, self.counts, torch.inf)  # (E, E, M): n_a n_b / n_ab
         scaled = scale * self.gram.diagonal(dim1=-2, dim2=-1)
         covariance = (scaled @ keep.T - inner * (scale @ keep.T)) / (shares.double() @ keep.T)
-        return GradientStatistics(inner, covariance)
+        rows = self.counts @ keep.T  # (E, E, K)
+        sides = rows.diagonal().T  # (E, K): n_a
+        either = sides[TRACE] + sides[EMPTY] - rows[TRACE, EMPTY]
+        return GradientStatistics(inner, covariance, either * rows / (sides[:, None] * sides))
 
     def leave_one_step_out(self) -> Tensor:
         """(K, M) indicators of the jackknife's replicates: one for each step, without its units."""
@@ -173,10 +174,12 @@ class GradientStatistics:
         inner: (E, E, K) ⟨E g_a, E g_b⟩.
         covariance: (E, E, K) trΣ_ab per row: the covariance of one row's gradients, summed over parameters; NaN where
             no row has both.
+        overlap: (E, E, K) `GradientMoments.overlap` of each subset's own rows.
     """
 
     inner: Tensor
     covariance: Tensor
+    overlap: Tensor
 
     def distance_sq(self, a: int, b: int) -> Tensor:
         """‖E g_a − E g_b‖²: (K,)."""

@@ -111,7 +111,8 @@ class GradientMonitor(nn.Module):
         return {**metrics, "anchor/refused": float(self.refused)}
 
     def _forget(self) -> None:
-        self.estimate = AlphaEstimate.refused(self._refusal)
+        known = self._moments[0] if self._moments else self.window.moments()  # of the good anchors before, if any
+        self.estimate = AlphaEstimate.refused(self._refusal, reused_fraction=known.reused_fraction)
         self.group_estimates = [self.estimate] * len(self.names)
 
     def resume(self, batch_rows: int) -> None:
@@ -131,14 +132,25 @@ class GradientMonitor(nn.Module):
         """α̂ of all parameters, and of each group, from the window as it is."""
         if not int(self.source.seen):
             return
-        groups = range(len(self.names)) if len(self.names) > 1 else []
-        self._moments = [self.source.moments(), *(self.source.moments(group) for group in groups)]
+        self._moments = self._all(self.source)
         estimates = [estimate_alpha(moments, self.batch_rows, self.mixing.anchor) for moments in self._moments]
         self.estimate, self.group_estimates = estimates[0], list(estimates[1:] or estimates)
 
+    def _all(self, window: GradientWindow) -> list[GradientMoments]:
+        """Of all parameters, then of each of several groups."""
+        groups = range(len(self.names)) if len(self.names) > 1 else []
+        return [window.moments(), *(window.moments(group) for group in groups)]
+
+    def _mixed_variance(self, moments: Sequence[GradientMoments], weights: Sequence[float]) -> float:
+        """Of one optimizer batch's mixed gradient: the noise in its squared error, which no anchor enters."""
+        parts = [ErrorTerms.from_moments(own, "trace").values()[3:] for own in moments[1:] or moments]
+        noise = zip(weights, parts, strict=True)
+        return sum(float(mean_squared_error(a, 0.0, 0.0, 0.0, *part, self.batch_rows)) for a, part in noise)
+
     def metrics(self, weights: Sequence[float]) -> dict[str, float]:
         """What the windows say of a step with these α; a key whose value cannot be estimated is absent."""
-        metrics = window_metrics(self._moments[0] if self.anchored is None else self.window.moments())
+        moments = self._moments if self.anchored is None else self._all(self.window)
+        metrics = window_metrics(moments[0]) | {"variance/mixed": self._mixed_variance(moments, weights)}
         if self.estimate is not None:
             metrics["mixing/reused_fraction"] = self.estimate.reused_fraction
             if self.estimate.standard_error is not None:
@@ -156,11 +168,7 @@ class GradientMonitor(nn.Module):
         def error(alphas: Sequence[float]) -> float:
             return sum(float(mean_squared_error(a, *part, rows)) for a, part in zip(alphas, parts, strict=True))
 
-        noise = zip(weights, parts, strict=True)
-        metrics = {
-            "bias/empty_sq": float(whole[1]),
-            "variance/mixed": sum(float(mean_squared_error(a, 0.0, 0.0, 0.0, *p[3:], rows)) for a, p in noise),
-        }
+        metrics = {"bias/empty_sq": float(whole[1])}
         if anchor == "marginal":
             metrics["bias/trace_sq"] = float(whole[0])
         if self.estimate is None or self.estimate.value is None:
@@ -183,7 +191,9 @@ class GradientMonitor(nn.Module):
 
 
 def refusal(effective_size: float, half_difference: float) -> str:
-    """Why an anchor is not to be trusted; empty where it is."""
+    """Why an anchor is not to be trusted; empty where it is. NaN nats: there was no trace to compare with."""
+    if math.isnan(half_difference):
+        return "no completion has two traces, and one is no mean over traces: draw more"
     if not effective_size >= LEAST_EFFECTIVE_SIZE:
         return f"effective sample size {effective_size:.2f} is below {LEAST_EFFECTIVE_SIZE:g}: draw more traces"
     if not half_difference <= LARGEST_HALF_DIFFERENCE:

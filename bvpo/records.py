@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,6 +47,12 @@ def logged(branch: Branch) -> list[str]:
     rewards = [f"reward/{branch}_{name}" for name in ("chosen", "rejected", "margin", "accuracy")]
     logps = [f"logp/{branch}_{side}_{kind}" for kind in ("sum", "mean") for side in ("chosen", "rejected")]
     return [f"loss/{branch}", *rewards, *logps]
+
+
+def trains(weights: Sequence[float], step_pairs: tuple[int, int]) -> bool:
+    """Whether any of an optimizer batch's pairs (trace, empty) has a weight, under these α of the parameter groups."""
+    trace, empty = step_pairs
+    return bool(trace and any(weights)) or bool(empty and any(1 - alpha for alpha in weights))
 
 
 @dataclass
@@ -105,13 +112,12 @@ class StepRecord:
         return sum(self.weights) / len(self.weights)
 
     def quality(self) -> AnchorQuality | None:
-        """The anchor's quality, averaged over all ranks' microbatches; None where no anchor was measured."""
+        """The anchor's quality over all ranks' completions; None where no anchor was measured."""
         if not self.sketches["anchor"]:
             return None
-        values = [torch.stack([q.effective_size, q.half_difference, q.half_difference**0]) for q in self.qualities]
-        own = torch.stack(values).double().sum(0) if values else torch.zeros(3, dtype=torch.float64)
-        size, difference, count = ranks.total(own)
-        return AnchorQuality(size / count, difference / count) if count else None
+        own = torch.stack([q.sums for q in self.qualities]).sum(0) if self.qualities else torch.zeros(4).double()
+        quality = AnchorQuality(ranks.total(own))
+        return quality if quality.sums[1] > 0 else None
 
     def units(self, width: int, sharded: bool = False) -> Units | None:
         """The step's units over all ranks; None where no statistics are kept.
@@ -142,30 +148,37 @@ class StepRecord:
             prompts = prompts[kept.to(prompts.device)]
         return Units(sketches, counts, prompts)
 
-    def means(self, peak: float | None = None) -> dict[str, Tensor]:
-        """The log values averaged over the step's pairs, the mixed loss, and the rates so far.
-
-        Args:
-            peak: FLOP/s of a rank's device; None where it is not known.
-        """
+    def means(self) -> dict[str, Tensor]:
+        """The log values averaged over the step's pairs, the mixed loss, and what all ranks did: `tokens`, `flops`."""
         names = [name for branch in self.branches for name in logged(branch)]
         tokens = torch.as_tensor(self.tokens, dtype=torch.float64)
         values = [self.sums[name] for name in names]
         values += [tokens, sum((v * rows for v, rows in self.conditional), start=torch.zeros_like(tokens))]
-        values += [torch.tensor(float(sum(rows for _, rows in self.conditional))), torch.as_tensor(self.work)]
+        behind = torch.tensor([rows for _, rows in self.conditional], dtype=torch.float64).sum()
+        values += [behind, torch.as_tensor(self.work)]
         totals = ranks.total(torch.stack([value.to(tokens) for value in values]))
         means = dict(zip(names, totals, strict=False))
         if "loss/trace" in means and "loss/empty" in means:
             means["loss/mixed"] = self.alpha * means["loss/trace"] + (1 - self.alpha) * means["loss/empty"]
-        tokens, conditional, rows, work = totals[len(names) :]
+        means["tokens"], conditional, rows, means["flops"] = totals[len(names) :]
         if self.sketches["anchor"] and rows > 0:
             means["variance/trace_conditional"] = conditional / rows
             means["anchor/conditional_rows"] = rows
-        seconds = time.perf_counter() - self.started
-        means["tokens_per_second"] = tokens / seconds
-        if self.flops is not None and peak is not None:
-            means["throughput/mfu"] = utilization(work, seconds, ranks.count(), peak)
         return means
+
+    def rates(self, tokens: float, flops: float, peak: float | None) -> dict[str, float]:
+        """Tokens a second and MFU, by the clock since the step's first microbatch: call it when all is done.
+
+        Args:
+            tokens, flops: Of `means`.
+            peak: FLOP/s of a rank's device; None where it is not known.
+        """
+        seconds = time.perf_counter() - self.started
+        rates = {"tokens_per_second": tokens / seconds}
+        if self.flops is not None and peak is not None:
+            work = torch.tensor(flops, dtype=torch.float64)
+            rates["throughput/mfu"] = float(utilization(work, seconds, ranks.count(), peak))
+        return rates
 
 
 class ValidationRecord:

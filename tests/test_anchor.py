@@ -50,11 +50,36 @@ def test_effective_size_and_half_difference_by_hand() -> None:
     assert float(uneven.half_difference) == pytest.approx(math.log(3))
 
 
+def test_the_quality_is_of_all_completions_however_they_are_cut() -> None:
+    """Completions of 4, 1, 2 and 1 traces, as one microbatch and as four; the halves are compared in the two that have
+    any: a microbatch of one trace has a size and no halves."""
+    logps = torch.tensor([1.0, 2.0, 3.0, 4.0, 1.0, 5.0, 1.0, 7.0]).double().log()
+    proposal, completion = torch.zeros(8).double(), torch.tensor([0, 0, 0, 0, 1, 2, 2, 3])
+
+    def quality(cut: list[list[int]]) -> tuple[float, float]:
+        step = StepRecord([0.5], (2, 2))
+        step.add_sketch("anchor", torch.zeros(1))
+        for own in cut:
+            inside = torch.isin(completion, torch.tensor(own))
+            numbers = torch.searchsorted(torch.tensor(own), completion[inside])
+            step.qualities.append(anchor_quality(logps[inside], proposal[inside], numbers, len(own)))
+        found = step.quality()
+        assert found is not None
+        return float(found.effective_size), float(found.half_difference)
+
+    size = (100 / 30 + 1 + 36 / 26 + 1) / 4
+    difference = (math.log((2 + 4) / (1 + 3)) + math.log(5)) / 2
+    for cut in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[0, 1, 2], [3]]):
+        assert quality(cut) == pytest.approx((size, difference), rel=1e-12)
+
+
 def test_a_bad_anchor_is_refused_with_a_reason() -> None:
     assert refusal(4.0, 0.3) == ""
     assert "effective sample size 1.20" in refusal(1.2, 0.3)
     assert "halves of the traces differ by 2.50" in refusal(4.0, 2.5)
     assert refusal(math.nan, 0.3) and refusal(4.0, math.nan)
+    alone = anchor_quality(torch.zeros(2), torch.zeros(2), torch.tensor([0, 1]), 2)
+    assert "no completion has two traces" in refusal(float(alone.effective_size), float(alone.half_difference))
 
 
 def with_anchors(rows: list[dict[str, Any]], count: int = 4) -> list[dict[str, Any]]:

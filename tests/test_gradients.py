@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bvpo.gradients import CHUNK, GradientMixer, Sketch, layer_groups, signs, single_group
+from bvpo.gradients import CHUNK, GradientMixer, Sketch, largest_prime, layer_groups, signs, single_group
 
 CPU = torch.device("cpu")
 
@@ -35,14 +35,14 @@ def test_small_gradients_are_kept_exactly() -> None:
 def test_any_cut_into_shards_gives_the_same_sketch() -> None:
     values = torch.randn(10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sketch = Sketch(parameters=10_000, size=300, seed=7)
-    whole = torch.zeros(300, dtype=torch.float64)
+    whole = torch.zeros(293, dtype=torch.float64)  # a prime; 294 to 300 are none
     sketch.add_(whole, values, 0)
-    naive = torch.zeros(300, dtype=torch.float64)
+    naive = torch.zeros(293, dtype=torch.float64)
     for index, sign in enumerate(signs(0, 10_000, 7, CPU).tolist()):
-        naive[index % 300] += sign * values[index]
+        naive[index % 293] += sign * values[index]
     assert torch.allclose(whole, naive, atol=1e-12)
-    for cuts in ([0, 1, 299, 300, 301, 5000, 10_000], [0, 9_999, 10_000]):
-        parts = torch.zeros(300, dtype=torch.float64)
+    for cuts in ([0, 1, 292, 293, 294, 5000, 10_000], [0, 9_999, 10_000]):
+        parts = torch.zeros(293, dtype=torch.float64)
         for start, end in pairwise(cuts):
             sketch.add_(parts, values[start:end], start)
         assert torch.allclose(parts, whole, atol=1e-12)
@@ -51,25 +51,47 @@ def test_any_cut_into_shards_gives_the_same_sketch() -> None:
 def test_a_gradient_longer_than_a_chunk_is_sketched_whole() -> None:
     size = CHUNK + 1000
     values = torch.ones(size)
-    sketch, out = Sketch(parameters=size, size=1024), torch.zeros(1024)
+    sketch = Sketch(parameters=size, size=1024)
+    out = torch.zeros(sketch.width)
     sketch.add_(out, values, 0)
     assert float(out.sum()) == float(signs(0, size, 0, CPU).double().sum())
 
 
+def spread_over_seeds(a: torch.Tensor, b: torch.Tensor, size: int) -> torch.Tensor:
+    """(200,) ⟨Sa, Sb⟩ of as many seeds."""
+    products = []
+    for seed in range(200):
+        sketch = Sketch(parameters=len(a), size=size, seed=seed)
+        first, second = torch.zeros(2, sketch.width, dtype=torch.float64)
+        sketch.add_(first, a, 0), sketch.add_(second, b, 0)
+        products.append(float(first @ second))
+    return torch.tensor(products, dtype=torch.float64)
+
+
 def test_inner_products_are_unbiased_with_the_stated_spread() -> None:
-    """Over 200 seeds, at D = 64: mean within 4 standard errors, spread at most ‖a‖‖b‖ √(2/D)."""
+    """Over 200 seeds, at D = 61: mean within 4 standard errors, spread at most ‖a‖‖b‖ √(2/D)."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(2000, generator=generator, dtype=torch.float64)
     b = 0.5 * a + torch.randn(2000, generator=generator, dtype=torch.float64)
-    products = []
-    for seed in range(200):
-        sketch = Sketch(parameters=2000, size=64, seed=seed)
-        first, second = torch.zeros(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)
-        sketch.add_(first, a, 0), sketch.add_(second, b, 0)
-        products.append(float(first @ second))
-    values, limit = torch.tensor(products), float(a.norm() * b.norm()) * (2 / 64) ** 0.5
+    values, limit = spread_over_seeds(a, b, 64), float(a.norm() * b.norm()) * (2 / 61) ** 0.5
     assert abs(float(values.mean() - a @ b)) < 4 * float(values.std()) / 200**0.5
     assert float(values.std()) < 1.2 * limit  # 200 draws know a spread to 5%
+
+
+def test_a_column_of_a_wide_matrix_is_spread_over_the_whole_sketch() -> None:
+    """All the gradient in one column of a 600 × 128 matrix: a sketch of 256 numbers would hold it in two of them, with
+    a spread of ‖g‖². The largest prime below, 251, gives the stated one."""
+    gradient = torch.zeros(600, 128, dtype=torch.float64)
+    gradient[:, 7] = torch.randn(600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = spread_over_seeds(gradient.flatten(), gradient.flatten(), 256)
+    square = float(gradient.square().sum())
+    assert abs(float(values.mean()) - square) < 4 * float(values.std()) / 200**0.5
+    assert float(values.std()) < 1.2 * square * (2 / 251) ** 0.5
+
+
+def test_a_sketch_has_a_prime_number_of_numbers_where_it_is_no_copy() -> None:
+    assert [largest_prime(n) for n in (1, 2, 3, 4, 25, 32_768, 65_536)] == [1, 2, 3, 3, 23, 32_749, 65_521]
+    assert [Sketch(p, 32_768).width for p in (10, 32_750, 32_768, 32_769)] == [10, 32_750, 32_768, 32_749]
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.0, 1.0), (1.0, 0.0), (0.3, 0.7)])

@@ -97,6 +97,26 @@ def test_the_standard_error_is_the_jackknife_over_steps() -> None:
     assert interval is not None and 0 <= interval[0] <= estimate.value <= interval[1] <= 1  # type: ignore[operator]
 
 
+def test_the_jackknife_knows_which_rows_a_replicate_has() -> None:
+    """Units of 4 rows, of which 1 to 4 have a trace pair, 1 to 4 an empty-trace pair, and some both: each replicate is
+    the estimate of a window that never had the step, with that window's own share of one-sided rows."""
+    generator = torch.Generator().manual_seed(0)
+    trace = torch.randn(12, 5, generator=generator).double() + 1
+    empty = 0.5 * trace + torch.randn(12, 5, generator=generator)
+    sides, steps = torch.randint(1, 5, (2, 12), generator=generator), torch.arange(12) // 2
+    both = (sides.sum(0) - 4).clamp(min=0)
+    counts = torch.stack([torch.stack([sides[0], both]), torch.stack([both, sides[1]])])
+    estimate = estimate_alpha(GradientMoments.from_gradients(trace, empty, rows=counts, steps=steps), 4)
+    left_out = []
+    for step in range(6):
+        keep = steps != step
+        moments = GradientMoments.from_gradients(trace[keep], empty[keep], rows=counts[..., keep])
+        left_out.append(estimate_alpha(moments, 4).ratio)
+    values = torch.tensor(left_out, dtype=torch.float64)
+    expected = math.sqrt(5 / 6 * float((values - values.mean()).square().sum()))
+    assert estimate.standard_error == pytest.approx(expected, rel=1e-10)
+
+
 def test_no_window_no_estimate() -> None:
     one = GradientMoments.from_gradients(torch.ones(1, 3), torch.ones(1, 3))
     assert estimate_alpha(one, 8).value is None and "two are needed" in estimate_alpha(one, 8).reason

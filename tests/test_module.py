@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +25,7 @@ from bvpo.module import BVPO
 from bvpo.optimization import learning_rate_scale
 from bvpo.packed import is_packed
 from bvpo.policy import sequence_logps
+from bvpo.records import trains
 from bvpo.reference import LiveReference
 from tests.conftest import EOS, make_rows, write_rows
 
@@ -41,7 +44,8 @@ class Observer(L.Callback):
             self.units.append((unit_gradient(module, batch.trace), unit_gradient(module, batch.empty)))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
-        self.mixed.append(torch.cat([p.grad.flatten().clone() for p in module.policy.parameters()]))
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in module.policy.parameters()]
+        self.mixed.append(torch.cat([gradient.flatten().clone() for gradient in gradients]))
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch.closes_step:
@@ -68,6 +72,7 @@ def train(llama_folder: Path, tmp_path: Path) -> Callable[..., tuple[BVPO, Obser
         precision: Any = "32-true",
         naive: bool = False,
         data_options: dict[str, Any] | None = None,
+        callbacks: Sequence[L.Callback] = (),
         **options: Any,
     ) -> tuple[BVPO, Observer]:
         source = write_rows(tmp_path / f"rows_{len(list(tmp_path.iterdir()))}.jsonl", rows)
@@ -89,7 +94,7 @@ def train(llama_folder: Path, tmp_path: Path) -> Callable[..., tuple[BVPO, Obser
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[observer],
+            callbacks=[observer, *callbacks],
         ).fit(module, datamodule=data)
         return module, observer
 
@@ -283,6 +288,83 @@ def test_a_step_without_rows_of_one_estimator_takes_the_other(train: Train) -> N
     _, alone = train(make_rows(8), 4, 2, steps=1, mixing=Fixed(1.0))
     assert seen.metrics[0]["mixing/alpha"] == 1.0 and relative(seen.mixed[0], alone.mixed[0]) < 1e-5
     assert "mixing/alpha_estimate" not in seen.metrics[0] and "loss/empty" not in seen.metrics[0]
+
+
+class Weights(L.Callback):
+    """The policy's weights behind each optimizer step."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.kept.append(torch.nn.utils.parameters_to_vector(module.policy.parameters()).detach().clone())
+
+
+@pytest.mark.parametrize("window", [0, 16])
+@pytest.mark.parametrize(("alpha", "gone", "kind"), [(1.0, "", "empty-trace"), (0.0, "empty_", "trace")])
+def test_pairs_without_a_weight_train_nothing(
+    train: Train, recwarn: pytest.WarningsRecorder, alpha: float, gone: str, kind: str, window: int
+) -> None:
+    """Steps of one row, every other row with the other kind of pair alone: momentum and weight decay move nothing
+    either, α is the policy's own, the schedule goes on, and the statistics have seen the step."""
+    columns = {f"{gone}{name}" for name in ("prompt", "chosen", "rejected")}
+    rows = [{k: v for k, v in row.items() if i % 2 == 0 or k not in columns} for i, row in enumerate(make_rows(8))]
+    weights = Weights()
+    module, seen = train(
+        rows,
+        1,
+        steps=8,
+        data_options={"on_one_sided": "keep"},
+        callbacks=[weights],
+        mixing=Fixed(alpha, window=window),
+        weight_decay=0.1,
+    )
+    still = [bool(torch.equal(*pair)) for pair in pairwise(weights.kept)]
+    assert still == [m["gradient/mixed_norm"] == 0 for m in seen.metrics[1:]] and 3 <= sum(still) <= 4
+    assert {m["mixing/alpha"] for m in seen.metrics} == {alpha}
+    expected = [1e-3 * 0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
+    assert [m["learning_rate"] for m in seen.metrics] == pytest.approx(expected)
+    told = [str(w.message) for w in recwarn if "leave the policy as it is" in str(w.message)]
+    assert len(told) == 1 and f"its rows have {kind} pairs alone, to which α = {alpha:g} gives no weight" in told[0]
+    if window:
+        assert module.monitor is not None and int(module.monitor.window.seen) == 8
+
+
+def test_which_batches_train_under_which_weights() -> None:
+    """(trace, empty) pairs; with weights of their own, one group that trains is enough."""
+    assert trains([0.0], (1, 1)) and trains([1.0], (1, 1)) and trains([0.5], (2, 0)) and trains([0.5], (0, 2))
+    assert trains([0.0, 0.2], (2, 0)) and trains([1.0, 0.8], (0, 2))
+    assert not trains([0.0, 0.0], (2, 0)) and not trains([1.0, 1.0], (0, 2))
+
+
+def test_the_estimate_is_for_the_batch_that_the_optimizer_sees(train: Train) -> None:
+    """6 rows in batches of up to 16 are batches of 6: the mixed gradient's variance is that of 6 rows."""
+    module, seen = train(make_rows(6), 2, 8, steps=1, mixing=Fixed(1.0))
+    assert module.batch_rows == 6
+    assert seen.metrics[0]["variance/mixed"] == pytest.approx(seen.metrics[0]["variance/trace"] / 6)
+
+
+class Slow(L.Callback):
+    """A slow optimizer step, and the clock and tokens of each step."""
+
+    def __init__(self) -> None:
+        self.started, self.clock, self.tokens = 0.0, 0.0, 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: PairBatch, batch_idx: int) -> None:
+        self.started = time.perf_counter()
+        self.tokens = int(batch.trace.lengths.sum() + batch.empty.lengths.sum())
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+        time.sleep(0.3)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.clock = time.perf_counter() - self.started
+
+
+def test_the_rate_is_of_the_whole_step(train: Train) -> None:
+    slow = Slow()
+    _, seen = train(make_rows(8), steps=1, callbacks=[slow])
+    assert 0.3 <= slow.tokens / seen.metrics[0]["tokens_per_second"] <= slow.clock
 
 
 def test_a_weight_uses_only_the_past(train: Train) -> None:

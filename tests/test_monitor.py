@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from bvpo.anchor import AnchorQuality
 from bvpo.gradients import Group, Sketch
-from bvpo.mixing import Optimal
+from bvpo.mixing import Fixed, Optimal
 from bvpo.moments import GradientMoments
 from bvpo.monitor import GradientMonitor, Units, window_metrics
 
@@ -41,6 +43,41 @@ def test_one_group_is_measured_against_the_one_estimate() -> None:
     monitor = monitor_of([Group("all", [0, 1], Sketch(16))], per_group=False)
     assert monitor.metrics(monitor.weights(1))["mixing/mse_ratio"] == 1.0
     assert monitor.metrics([0.0])["mixing/mse_ratio"] > 1
+
+
+def test_a_refused_anchor_leaves_what_the_window_knows_of_reused_prompts() -> None:
+    """Three good anchors of one unit each, two of them with prompt 1: 2 of 6 products are left out, refused or not."""
+    groups = [Group("all", [0], Sketch(4))]
+    monitor = GradientMonitor(Optimal(window=4, anchor="marginal", anchor_every=1), groups, 1)
+    monitor.resume(batch_rows=8)
+    good, bad = (AnchorQuality(torch.tensor([size, 1.0, 0.1, 1.0])) for size in (4.0, 1.5))
+    counts = torch.ones(3, 3, 1, dtype=torch.float64)
+    for step, (prompt, quality) in enumerate([(1, good), (2, good), (1, good), (3, bad)]):
+        gradients = torch.randn(3, 1, 4, generator=torch.Generator().manual_seed(step))
+        if quality is bad:
+            with pytest.warns(UserWarning, match=r"step 3: the marginal anchor is refused \(1 so far\): effective"):
+                monitor.update(Units(gradients, counts, torch.tensor([[prompt]])), step, quality)
+            assert monitor.estimate is not None and monitor.estimate.value is None
+        else:
+            monitor.update(Units(gradients, counts, torch.tensor([[prompt]])), step, quality)
+    assert monitor.metrics([0.5])["mixing/reused_fraction"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*the marginal anchor is refused")
+def test_what_needs_no_anchor_is_known_without_a_good_one() -> None:
+    """Three units of one prompt each, the last one met before: variances are the trace anchor's, the bias is absent."""
+    groups, counts = [Group("all", [0], Sketch(4))], torch.ones(3, 3, 1, dtype=torch.float64)
+    monitors = [GradientMonitor(Fixed(window=4, anchor=anchor), groups, 1) for anchor in ("trace", "marginal")]
+    bad = AnchorQuality(torch.tensor([1.5, 1.0, 0.1, 1.0]))
+    for monitor, quality in zip(monitors, (None, bad), strict=True):
+        monitor.resume(batch_rows=8)
+        for step, prompt in enumerate((1, 2, 1)):
+            gradients = torch.randn(3, 1, 4, generator=torch.Generator().manual_seed(step))
+            monitor.update(Units(gradients, counts, torch.tensor([[prompt]])), step, quality)
+    trace, refused = (monitor.metrics([0.3]) for monitor in monitors)
+    for name in ("variance/mixed", "variance/trace", "mixing/reused_fraction"):
+        assert refused[name] == trace[name] != 0
+    assert "bias/empty_sq" in trace and "bias/empty_sq" not in refused
 
 
 def test_pairs_a_row_are_counted_over_the_window_where_they_differ() -> None:
