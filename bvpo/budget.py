@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from bvpo.data import PairData
 from bvpo.errors import UserError
+from bvpo.gradients import Sketch
 from bvpo.inspection import Inspection, batch_shape
 from bvpo.machine import Machine
 from bvpo.memory import MemoryFacts
@@ -26,12 +27,14 @@ def memory_facts(options: Any, module: BVPO, shape: ModelShape, batch: BatchShap
         batch: The largest microbatch.
     """
     model = options.model
+    units = units_of(module, options.data.bucket_by_length, machine)
     facts = MemoryFacts(
         shape,
         batch,
         str(options.trainer.precision or "32-true"),
         reference=model.reference_logps == "live",
-        sketches=sketches_of(module, options.data.bucket_by_length),
+        sketches=sketches_of(module, units),
+        products=products_of(module, units, shape),
         ranks=machine.ranks,
         sharded=machine.sharded,
         reshard=machine.reshard,
@@ -41,20 +44,42 @@ def memory_facts(options: Any, module: BVPO, shape: ModelShape, batch: BatchShap
         eight_bit=model.optimizer == "adamw_8bit",
         gpu=machine.gpu,
     )
-    return replace(facts, sketch_width=min(facts.trained, module.sketch_size))
+    return replace(facts, sketch_width=Sketch(facts.trained, module.sketch_size).width)
 
 
-def sketches_of(module: BVPO, bucketed: bool) -> int:
+def units_of(module: BVPO, bucketed: bool, machine: Machine) -> int:
+    """Units that an optimizer step brings to the statistics: a step whose microbatches are sorted by length is one.
+
+    Ranks that share no parameters (DDP) have units of their own; of ranks that do, a gradient is of all their rows.
+    """
+    if bucketed:
+        return 1
+    return module.accumulate * (1 if machine.sharded else machine.ranks)
+
+
+def sketches_of(module: BVPO, units: int) -> int:
     """Sketches that the statistics keep: the windows' units, and those of the running step.
 
-    A unit has two, three with an anchor, in a window of its own; a step whose microbatches are sorted by length is one.
+    Args:
+        units: Of a step, as `units_of`.
     """
-    mixing = module.mixing
-    if not mixing.window:
-        return 0
-    estimators, windows = (3, 5) if mixing.anchor == "marginal" else (2, 2)
-    units = 1 if bucketed else module.accumulate
-    return windows * mixing.window * units + estimators * module.accumulate + 2
+    windows, window = _windows(module), module.mixing.window
+    return sum(windows) * window * units + max(windows) * module.accumulate + 2 if window else 0
+
+
+def products_of(module: BVPO, units: int, shape: ModelShape) -> int:
+    """Inner products that the windows keep: of every two sketches, in each group of parameters.
+
+    Args:
+        units: Of a step, as `units_of`.
+    """
+    groups = shape.layers + 2 * (module.lora is None) if module.mixing.per_group else 1  # embedding and head
+    return groups * sum((estimators * module.mixing.window * units) ** 2 for estimators in _windows(module))
+
+
+def _windows(module: BVPO) -> tuple[int, ...]:
+    """Estimators of each window: trace and empty; and with an anchor those and it, in a window of their own."""
+    return (2, 3) if module.mixing.anchor == "marginal" else (2,)
 
 
 def largest_batch(found: Inspection, kept: Sequence[int], data: PairData, packed: bool) -> BatchShape:

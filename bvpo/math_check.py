@@ -20,10 +20,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Timer
-from typing import IO, cast
+from typing import IO, Any, cast
 
 MEMORY = 4 << 30  # bytes that the process may take: some numbers are larger than any memory
 GRACE = 5.0  # seconds beyond a check's own after which the process ends itself, its parent having been killed
+SMALL = 1e-3  # nearer to 0, math-verify's rounding to 6 decimals leaves at most three digits of a number
+CLOSE = 5e-6  # the most, relative to it, that a number of six digits is off by
 
 
 class Checker:
@@ -129,6 +131,7 @@ def is_correct(gold: str, answer: str) -> bool | None:
     """Whether the answer is mathematically equal to the gold answer; None where the gold answer cannot be parsed.
 
     Gold without `$` or `\\boxed` is taken as one formula. Which formula of an answer counts is math-verify's default.
+    Numbers below `SMALL` must agree in six digits, too: math-verify says of any two below 1e-7 that they are equal.
     """
     from math_verify import parse, verify
 
@@ -136,7 +139,54 @@ def is_correct(gold: str, answer: str) -> bool | None:
     right = parse(formula, parsing_timeout=None)
     if all(isinstance(part, str) for part in right):  # its fall-back for what it cannot parse
         return None
-    return bool(verify(right, parse(answer, parsing_timeout=None), timeout_seconds=None))
+    found = parse(answer, parsing_timeout=None)
+    return any(
+        verify(own, other, timeout_seconds=None) and not equal_by_rounding_alone(own, other)
+        for own in right
+        for other in found
+    )
+
+
+def equal_by_rounding_alone(right: Any, found: Any) -> bool:
+    """Whether of two expressions that math-verify finds equal one has a small number that the other does not have.
+
+    Args:
+        right, found: Of what math-verify's `parse` gives. False where their numbers are not known.
+    """
+    try:
+        ours = _numbers(right)
+        if not any(abs(own) < SMALL for own in ours):
+            return False
+        theirs = _numbers(found)
+        return bool(theirs) and (_has_more(ours, theirs) or _has_more(theirs, ours))
+    except Exception:  # sympy may raise anything over an expression: math-verify's word stands then
+        return False
+
+
+def _has_more(numbers: list[Any], others: list[Any]) -> bool:
+    small = (own for own in numbers if 0 < abs(own) < SMALL)
+    return any(all(abs(own - other) > CLOSE * abs(own) for other in others) for own in small)
+
+
+def _numbers(part: Any) -> list[Any]:
+    """Values of an expression, of a relation's right side, or of all that a set, tuple or matrix holds.
+
+    [] where there is none, or one is not known, as with a variable in it.
+    """
+    from math_verify.grader import is_relation, take_first_relation, take_last_relation
+    from sympy import Expr, Float, MatrixBase, Set, Tuple, UnevaluatedExpr
+    from sympy.logic.boolalg import BooleanAtom
+
+    if is_relation(part):
+        return _numbers(take_last_relation(part).rhs) if take_first_relation(part).lhs.is_Symbol else []
+    if isinstance(part, MatrixBase | Set | Tuple):
+        held = part.flat() if isinstance(part, MatrixBase) else part.args
+        inner = [_numbers(own) for own in held if not isinstance(own, BooleanAtom)]  # that an interval is open
+        return [value for own in inner for value in own] if all(inner) else []
+    if not isinstance(part, Expr) or part.free_symbols:
+        return []
+    value = part.replace(UnevaluatedExpr, lambda own: own).evalf(30)  # a percent sign is an unevaluated 1/100
+    return [Float(0) if isinstance(value, Float) and value._prec == 1 else value]  # no digit is certain: it is 0
 
 
 def main(limit: float) -> None:

@@ -27,7 +27,7 @@ from bvpo.reading import describe
 from bvpo.traces import check_text
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."  # R1's model card has this
-RULES = 2  # of what is compared, below; raise it with every change, for scores that are kept depend on them
+RULES = 3  # of comparing, below and in math_check; raise it with every change, for scores that are kept depend on them
 
 _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\(?!\\(?:boxed|fbox)\s*\{).|[{}]", re.DOTALL)  # \{ is no brace
 _GAP = r"(?:[\s$]|\\[()]){0,9}"  # bounded, as below: an answer may be a loop of one character
@@ -35,6 +35,7 @@ _JOINT = re.compile(rf"{_GAP}(?:,|,?\s?(?:and|or)|\\text\s*\{{\s*,?\s*(?:and|or)
 _DOLLARS = re.compile(r"\$[^$]+\$")
 _SPACES = re.compile(r"(?:\s|~|\\[,;: ])+")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_STYLE = re.compile(r"\\(?:(?P<switch>color\s*\{[^{}]*\})|(?:boldsymbol|bm|mathbf|textcolor\s*\{[^{}]*\})(?=\s*\{))\s*")
 _LAYOUT = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\!|\\displaystyle|\$|(?<!\d) | (?!\d)|\.$")
 
 _SCIENTIFIC = re.compile(r"(?<![\w.])(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w|\.\d)")
@@ -44,6 +45,7 @@ _SPACE = r"(?:\s|~|\\[,;:! ])"
 _MIXED = re.compile(rf"(?<![\w.,/^}}])(\d{{1,9}}){_SPACE}+(\d{{1,9}})/(\d{{1,9}})(?!\w|/|\^|\.\d)")
 _GROUPED = re.compile(rf"(?<![\w.,/^}}])[1-9]\d{{0,2}}(?:{_SPACE}\d{{3}})+(?!\d)")
 _REPEATING = re.compile(r"(?<![\w.,}])(\d{0,9})\.(\d{0,9})\\(?:overline|bar)\s*\{(\d{1,9})\}(?!\d)")
+_DOTTED = re.compile(r"\.(\d{0,9})\\dot\s*\{?(\d)\}?(?:(\d{0,7})\\dot\s*\{?(\d)\}?)?(?!\d|\\dot)")
 _SIGN = re.compile(r"\\(pm|mp)(?![a-zA-Z])\s*")
 _FIRST_PLUS = re.compile(r"((?:^|[=({\[,])\s*)\+")
 _SET = re.compile(r"((?:[a-zA-Z]\s*(?:=|\\in)\s*)?\\(?:left\\)?\{)(.*?)(\\(?:right\\)?\})", re.DOTALL)
@@ -97,7 +99,7 @@ class Maths(Scored):
             version = importlib.metadata.version("math-verify")
         except importlib.metadata.PackageNotFoundError as error:
             raise UserError(f'{self.name}: math-verify is not installed: pip install "bvpo[math]"') from error
-        return f"math-verify {version}, {self.timeout_seconds} s"
+        return f"math-verify {version}, {self.timeout_seconds} s, rules {RULES}"
 
     def verdicts(self, answers: Sequence[Answer], work: Path, progress: bool) -> list[Verdict]:
         """As `Scored`; what math-verify said is kept in `work/verdicts.jsonl`, and asked once for equal answers."""
@@ -215,7 +217,24 @@ def same_text(gold: str, answer: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    return _LAYOUT.sub("", _SPACES.sub(" ", _TEXT.sub(r"\1", text.strip())).strip())
+    return _LAYOUT.sub("", _SPACES.sub(" ", _TEXT.sub(r"\1", _unstyled(text.strip()))).strip())
+
+
+def _unstyled(text: str) -> str:
+    """Without the colour and the bold type that all of a formula is in."""
+    for _ in range(9):  # an answer may be a loop of them
+        own = _STYLE.match(text)
+        if own is None:
+            break
+        rest = text[own.end() :]
+        braces = _closed_boxes(box := f"\\boxed{rest}")
+        if braces and braces[0][:2] == (0, len(box)):
+            text = braces[0][2]
+        elif own["switch"]:
+            text = rest
+        else:  # a part of it alone
+            break
+    return text
 
 
 def _bare(text: str) -> str:
@@ -239,9 +258,11 @@ def formula(text: str) -> str:
     r"""Notations that math-verify does not read or takes for others, written as it reads them.
 
     `4.5e33` is a product with Euler's number in LaTeX; `3 1/4` is 13/4 and not 3/4; `1 250 000` is one number;
-    `0.\overline{3}` is 1/3; `30°` and `30\degree` are `30^\circ`; and each part with `\pm` is a list of two.
+    `0.\overline{3}` and `0.\dot{3}` are 1/3; `30°` and `30\degree` are `30^\circ`; each part with `\pm` is a list of
+    two; and colour and bold type of the whole are taken away.
     """
-    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
+    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _unstyled(text))
+    text = _DOTTED.sub(r".\1\\overline{\2\3\4}", text)
     text = _REPEATING.sub(_as_fraction, _DEGREE.sub(r"^\\circ ", text))
     text = _GROUPED.sub(lambda own: re.sub(r"\D", "", own[0]), _MIXED.sub(_as_improper, text))
     return _both_signs(text.replace("~", " ").replace("±", "\\pm ").replace("∓", "\\mp "))

@@ -25,6 +25,7 @@ NORM_BYTES = {"bf16-true": 8, "16-true": 8, "bf16-mixed": 10, "16-mixed": 10, "6
 MLP_WIDTHS = 4  # kept by a gated MLP: gate, activated gate, up, their product
 MLP_GRADIENTS = 3  # alive at once in its backward pass: the product's, the activated gate's, up's
 EIGHT_BIT = 2 * (1 + 4 / 256)  # bytes a parameter of two moments: a byte each, and an fp32 scale for 256 of them
+PRODUCT_BYTES = 8  # of an inner product of two sketches
 SKETCHING_BYTES = 20  # scratch an element of a gradient's chunk, see `gradients.CHUNK`
 
 
@@ -36,6 +37,7 @@ class MemoryFacts:
         precision: Lightning's name: 32-true, bf16-mixed, bf16-true, 64-true.
         reference: Whether a frozen copy of the reference is in memory.
         sketches, sketch_width: Sketches kept, of the windows and of the running step, and D; 0 without statistics.
+        products: Inner products of the windows' sketches, in float64.
         ranks: Processes that share the work.
         sharded: Whether they share parameters, gradients and optimizer state, too; else each has all (DDP).
         reshard: Whether a layer is given back between its forward and its backward pass.
@@ -52,6 +54,7 @@ class MemoryFacts:
     reference: bool = True
     sketches: int = 0
     sketch_width: int = 32_768
+    products: int = 0
     ranks: int = 1
     sharded: bool = False
     reshard: bool = True
@@ -95,7 +98,7 @@ class MemoryEstimate:
         parameters, reference, gradients, optimizer: This rank's share. Gradients: the mixed one, and one parameter's
             own on its way into it.
         buckets: DDP's copy of the gradients.
-        statistics: Sketches of gradients, their signs and scratch.
+        statistics: Sketches of gradients, their inner products, signs and scratch.
         gathered: Of sharded parameters, those that are whole at a time: embedding, norm, head, and two layers.
         casts: bf16 copies of the weights under autocast.
         activations: What one branch's microbatch keeps for its backward pass; the other branch comes after it.
@@ -173,7 +176,7 @@ def _gathered(facts: MemoryFacts) -> int:
 
 
 def _statistics(facts: MemoryFacts, shards: int) -> int:
-    """Sketches, and what one is made with: the signs where they are kept, else the scratch of hashing a chunk."""
+    """Sketches, their products, and what one is made with: signs where they are kept, else the scratch of a chunk."""
     if not facts.sketches:
         return 0
     trained = facts.trained
@@ -181,7 +184,7 @@ def _statistics(facts: MemoryFacts, shards: int) -> int:
         making = min(CHUNK, facts.model.largest) * SKETCHING_BYTES
     else:
         making = _share(trained, shards) * (facts.exact if trained <= CHUNK else 1)
-    return facts.sketches * facts.sketch_width * facts.exact + making
+    return facts.sketches * facts.sketch_width * facts.exact + facts.products * PRODUCT_BYTES + making
 
 
 @dataclass(frozen=True)

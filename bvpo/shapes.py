@@ -59,6 +59,8 @@ class ModelShape:
             chooses among matrices.
         borders: Σ (inputs + outputs) over those matrices: a LoRA adapter of rank r has r times as many numbers.
         packs: Whether its sequences can be packed, as far as its architecture says.
+        windows: Tokens that a query attends to at most, its own among them, of each layer with a sliding window; all
+            other layers are taken to attend to all tokens.
     """
 
     parameters: int
@@ -78,6 +80,7 @@ class ModelShape:
     products: int | None = None
     borders: int = 0
     packs: bool = True
+    windows: tuple[int, ...] = ()
 
     @property
     def head(self) -> int:
@@ -113,7 +116,7 @@ class ModelShape:
             largest=max(p.numel() for p in parameters),
             layers=int(text.num_hidden_layers),
             hidden=hidden,
-            intermediate=int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden),
+            intermediate=_widest(text) or 4 * hidden,
             heads=heads,
             attention_width=heads * per_head,
             key_width=groups * per_head,
@@ -127,7 +130,23 @@ class ModelShape:
             products=None if routed else sum(p.numel() for p in matrices),
             borders=sum(sum(p.shape[-2:]) for p in matrices),
             packs=heads > 0 and isinstance(output, nn.Linear) and model._can_set_attn_implementation(),
+            windows=sliding_windows(text),
         )
+
+
+def sliding_windows(config: Any) -> tuple[int, ...]:
+    """The window of each layer that has one. A configuration without `layer_types` (Mistral's) means all layers."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not window:  # Qwen's is None or 0 where `use_sliding_window` is not set
+        return ()
+    sliding = config.num_hidden_layers if kinds is None else kinds.count("sliding_attention")
+    return (int(window),) * int(sliding)
+
+
+def _widest(text: Any) -> int | None:
+    """Numbers inside an MLP: of the widest layer, where each has its own (Gemma 3n)."""
+    given = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None)
+    return max(map(int, given)) if isinstance(given, list | tuple) else given and int(given)
 
 
 def _ends_in_a_table(model: PreTrainedModel, positions: int | None) -> bool:
@@ -145,7 +164,7 @@ def model_shape(name: str) -> ModelShape:
         with torch.device("meta"):
             model = cast(Any, AutoModelForCausalLM).from_config(config)
     except (OSError, ValueError, StrictDataclassError) as error:
-        cause = str(error).strip()[:200]
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{name}: the model's configuration cannot be loaded: {cause}") from error
     return ModelShape.of(model)
 

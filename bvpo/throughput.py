@@ -4,10 +4,11 @@ Model FLOPs are the multiplications and additions that a step's tokens ask for, 
 computed twice and layers computed again for the backward pass are not counted. Of a pair with a prompt of p tokens and
 completions of c and r tokens, a forward pass takes
 
-    2 W (p + c + r) + 2 V D (c + r) + 4 L A [p²/2 + c (p + c/2) + r (p + r/2)]
+    2 W (p + c + r) + 2 V D (c + r) + 4 A Σ_layers [K(p + c) + K(p + r) − K(p)]
 
-with W numbers in the layers' matrices, vocabulary V, hidden states of D numbers, L layers, attention heads of A numbers
-together; attention is causal, so half of each square. A backward pass takes twice that: 6 N a token of both, with
+with W numbers in the layers' matrices, vocabulary V, hidden states of D numbers, attention heads of A numbers together,
+and K(n) = m (n − m/2), m = min(n, w), keys that n tokens attend to: attention is causal, so half of a square, and at
+most w keys a token in a layer with a sliding window of w. A backward pass takes twice that: 6 N a token of both, with
 N = W + V D. The reference in memory adds a forward pass. (Kaplan et al., arXiv 2001.08361, section 2.1; MFU: PaLM,
 arXiv 2204.02311, appendix B.)
 
@@ -16,7 +17,9 @@ Shapes: S sequences of a branch's microbatch (the chosen ones, then the rejected
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -70,12 +73,12 @@ class ModelFlops:
 
     Attributes:
         layers, head: Of a token through the layers' matrices, and through the head.
-        attention: Of a query and a key.
+        attention: Of a query and a key, in all layers with one window: (tokens of the window, FLOPs), a pair for each.
     """
 
     layers: float
     head: float
-    attention: float
+    attention: tuple[tuple[float, float], ...]
 
     @classmethod
     def of(cls, shape: ModelShape, frozen: bool, reference: bool) -> ModelFlops | None:
@@ -90,17 +93,26 @@ class ModelFlops:
         if shape.products is None:
             return None
         products = (2 if frozen else 3) + reference
-        attention = 4 * shape.layers * shape.attention_width * (3 + reference)
+        full = shape.layers - len(shape.windows)
+        counts = Counter[float](shape.windows) + Counter({math.inf: full})
+        product = 4 * shape.attention_width * (3 + reference)
+        attention = tuple((window, product * layers) for window, layers in counts.items())
         return cls(2 * products * shape.products, 2 * products * shape.head, attention)
 
     def __call__(self, sequences: SequenceBatch) -> Tensor:
         """FLOPs of one branch's microbatch: a float64 scalar on its device."""
         prompts, lengths = sequences.prompt_lengths.double(), sequences.lengths.double()
-        completions = lengths - prompts  # (S,)
-        shared = prompts[: sequences.pairs]  # a pair's prompt, once
-        tokens, scored = shared.sum() + completions.sum(), completions.sum()
-        attended = (shared.square() / 2).sum() + (completions * (prompts + completions / 2)).sum()
-        return self.layers * tokens + self.head * scored + self.attention * attended
+        again = prompts[sequences.pairs :]  # the rejected ones' prompts stand in the chosen ones, too
+        work = self.layers * (lengths.sum() - again.sum()) + self.head * (lengths - prompts).sum()
+        for window, product in self.attention:
+            work = work + product * (attended(lengths, window).sum() - attended(again, window).sum())
+        return work
+
+
+def attended(tokens: Tensor, window: float) -> Tensor:
+    """K above: keys of all queries of a sequence, for each of a tensor of lengths."""
+    near = tokens.clamp(max=window)
+    return near * (tokens - near / 2)
 
 
 def utilization(flops: Tensor, seconds: float, count: int, peak: float) -> Tensor:

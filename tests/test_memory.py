@@ -22,10 +22,14 @@ from torch.utils._pytree import tree_iter
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 from bvpo import doctor, fit, head
+from bvpo.budget import products_of, sketches_of, units_of
 from bvpo.errors import UserError
+from bvpo.gradients import Sketch
 from bvpo.machine import Machine, format_bytes, machine_of, parse_bytes
 from bvpo.memory import EIGHT_BIT, MemoryFacts, memory_estimate
+from bvpo.mixing import Fixed, MixingPolicy, Optimal
 from bvpo.model_checks import check_memory
+from bvpo.module import BVPO
 from bvpo.shapes import BatchShape, ModelShape, model_shape
 from tests.conftest import EOS, make_rows, write_rows
 
@@ -79,6 +83,8 @@ def test_the_estimate_follows_the_configuration() -> None:
     assert memory_estimate(replace(PACKED, reference=False)).reference == 0
     assert memory_estimate(replace(PACKED, eight_bit=True)).optimizer == round(1000 * EIGHT_BIT) == 2031
     assert memory_estimate(replace(PACKED, sketches=3, sketch_width=100)).statistics == 3 * 100 * 4 + 4 * 1000
+    products = replace(PACKED, sketches=3, sketch_width=100, products=16)
+    assert memory_estimate(products).statistics == 3 * 100 * 4 + 16 * 8 + 4 * 1000
     checkpointed = memory_estimate(replace(PACKED, checkpointing=True))
     assert checkpointed.activations == 2 * 32 * 8 * 4 + 32 * 96  # each layer's input, and the norm at the end
     assert checkpointed.layer == 32 * 608 + whole.layer
@@ -173,6 +179,56 @@ def test_sharding_is_read_off_the_strategy() -> None:
     assert machine.sharded and not machine.reshard and machine.offload
     trainer.strategy = SimpleNamespace(class_path="lightning.pytorch.strategies.ModelParallelStrategy")
     assert machine_of(trainer, "1GiB").sharded
+
+
+# --- The statistics ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(
+    "mixing",
+    [Fixed(window=5), Optimal(window=5, per_group=True), Optimal(window=5, anchor="marginal", per_group=True)],
+    ids=["one group", "groups", "groups and anchor"],
+)
+def test_the_statistics_are_what_the_monitor_keeps(
+    mixing: MixingPolicy, accumulate: int, ranks: int, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Number by number, of ranks that each have units of their own; those of the running step aside."""
+    module = BVPO(policy=str(llama_folder), accumulate=accumulate, mixing=mixing, sketch_size=10**9)
+    monkeypatch.setattr("bvpo.ranks.count", lambda: ranks)
+    module.configure_model()
+    assert module.monitor is not None
+    windows = [own for own in (module.monitor.window, module.monitor.anchored) if own is not None]
+    machine = Machine(gpu=False, ranks=ranks, ranks_here=ranks, sharded=False, memory=None, where="")
+    units = units_of(module, False, machine)
+    running = len(windows[-1].vectors) * accumulate + 2
+    kept = (sketches_of(module, units) - running) * module.shape.parameters
+    assert kept == sum(own.vectors.numel() for own in windows)
+    assert products_of(module, units, module.shape) == sum(own.grams.numel() for own in windows)
+
+
+def test_units_grow_with_ranks_that_share_nothing() -> None:
+    module = BVPO(accumulate=4)
+    alone = Machine(gpu=True, ranks=1, ranks_here=1, sharded=False, memory=None, where="")
+    assert [units_of(module, bucketed, alone) for bucketed in (False, True)] == [4, 1]
+    copied = replace(alone, ranks=8)
+    assert [units_of(module, bucketed, copied) for bucketed in (False, True)] == [32, 1]
+    assert units_of(module, False, replace(copied, sharded=True)) == 4
+    assert sketches_of(BVPO(mixing=Fixed(window=0)), 4) == products_of(BVPO(mixing=Fixed(window=0)), 4, SHAPE) == 0
+
+
+def test_the_doctor_counts_the_units_of_all_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sketch a unit and estimator, and their products: 2 estimators, 16 steps of 4 microbatches, on 1 or 8 ranks."""
+    folder = config_folder(tmp_path / "model", PUBLISHED["R1-Distill-Qwen-1.5B"])
+    given = ["--plan", "--json", f"--model.policy={folder}", "--data.train=nowhere.parquet", "--data.max_length=512"]
+    given += ["--model.accumulate=4", "--model.mixing.window=16", "--device_memory=1TB", "--trainer.accelerator=gpu"]
+    found = []
+    for devices in (1, 8):
+        assert doctor.main([*given, "--trainer.strategy=ddp", f"--trainer.devices={devices}"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["memory"]["statistics"])
+    width = Sketch(10**9).width
+    assert found[1] - found[0] == 2 * 16 * 4 * 7 * width * 4 + 4 * (16 * 4) ** 2 * (8**2 - 1) * 8
 
 
 # --- From a configuration ---------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3nTextConfig,
     GPT2Config,
     LlamaConfig,
     Mamba2Config,
@@ -23,10 +24,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerFast,
     RwkvConfig,
+    T5Config,
 )
 
 from bvpo import doctor, fit
 from bvpo.batches import collate
+from bvpo.errors import UserError
 from bvpo.policy import completion_logps, load_policy
 from bvpo.row_sizes import RowSizes, frequencies_misfit
 from bvpo.shapes import Frequencies, ModelShape, model_shape
@@ -272,3 +275,29 @@ def test_models_without_attention_train_padded(
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
     assert "roughly: the model's layers have no attention" in checks["memory"]["found"]
     assert checks["labels"]["status"] == checks["start"]["status"] == "pass"
+
+
+def test_the_widest_layer_counts_where_each_has_its_own(tmp_path: Path) -> None:
+    config = Gemma3nTextConfig(
+        vocab_size=64,
+        vocab_size_per_layer_input=64,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        intermediate_size=[48, 64],
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_kv_shared_layers=0,
+        laurel_rank=4,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    config.save_pretrained(tmp_path)
+    assert model_shape(str(tmp_path)).intermediate == 64
+
+
+def test_a_model_of_another_kind_is_said_in_one_line(tmp_path: Path) -> None:
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"cannot be loaded: Unrecognized configuration class .*CausalLM\.$") as found:
+        model_shape(str(tmp_path))
+    assert "\n" not in str(found.value)

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from bvpo import throughput
 from bvpo.batches import SequenceBatch
@@ -60,8 +73,70 @@ def test_model_flops_by_hand() -> None:
     assert ModelFlops.of(replace(SHAPE, products=None), frozen=False, reference=False) is None
 
 
+def test_a_sliding_window_by_hand() -> None:
+    """The same pair, one of the two layers with a window of 3 tokens: 64 / 2 = 32 FLOPs a query and key in each.
+
+    full  60 queries and keys, as above
+    window  K(n) = 3 (n − 1.5): K(10) + K(6) − K(4) = 25.5 + 13.5 − 7.5 = 31.5
+    """
+    flops = ModelFlops.of(replace(SHAPE, windows=(3,)), frozen=False, reference=False)
+    assert flops is not None and float(flops(pair(4, 6, 2))) == 3 * (144_000 + 5_120 + 32 * (60 + 31.5))
+    wide = ModelFlops.of(
+        replace(SHAPE, windows=(10, 64)), frozen=False, reference=False
+    )  # windows that nothing is beyond
+    full = ModelFlops.of(SHAPE, frozen=False, reference=False)
+    assert wide is not None and full is not None and float(wide(pair(4, 6, 2))) == float(full(pair(4, 6, 2)))
+
+
+def small(kind: Any, layers: int = 6, **options: Any) -> ModelShape:
+    """The shape of a small model of this kind."""
+    config = kind(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        **options,
+    )
+    with torch.device("meta"):
+        return ModelShape.of(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "windows"),
+    [
+        (LlamaConfig, {}, ()),
+        (MistralConfig, {"sliding_window": None}, ()),
+        (MistralConfig, {"sliding_window": 16}, (16,) * 6),
+        (Qwen2Config, {"sliding_window": 16, "max_window_layers": 4}, ()),
+        (Qwen2Config, {"sliding_window": 16, "max_window_layers": 4, "use_sliding_window": True}, (16, 16)),
+        (Qwen3Config, {"sliding_window": 16, "max_window_layers": 6, "use_sliding_window": True}, ()),
+        (Gemma2Config, {"sliding_window": 16}, (16,) * 3),  # every other layer
+        (Gemma3TextConfig, {"sliding_window": 16}, (16,) * 5),  # five of six
+        (Gemma3TextConfig, {"sliding_window": 16, "layer_types": ["full_attention"] * 6}, ()),
+    ],
+)
+def test_windows_are_read_off_the_configuration(kind: Any, options: dict[str, Any], windows: tuple[int, ...]) -> None:
+    assert small(kind, **options).windows == windows
+
+
+def test_a_long_sequence_asks_a_windowed_layer_for_its_window() -> None:
+    """Gemma-3-4B's layers, 5 of 6 with 1,024 tokens, at 16,384 tokens: keys counted token by token."""
+    shape = small(Gemma3TextConfig, layers=34, sliding_window=1024)
+    assert len(shape.windows) == 29
+    alone = replace(shape, products=0, vocabulary=0)  # attention alone
+    flops = ModelFlops.of(alone, frozen=False, reference=False)
+    batch = pair(1, 1, 1)._replace(prompt_lengths=torch.tensor([0, 0]), lengths=torch.tensor([16_384, 0]))
+    tokens = torch.arange(1, 16_385)
+    asked = 29 * tokens.clamp(max=1024).sum() + 5 * tokens.sum()
+    assert flops is not None
+    assert float(flops(batch)) == pytest.approx(12 * shape.attention_width * int(asked), rel=1e-3)  # half a key a query
+
+
 def test_two_pairs_are_the_sum_of_each() -> None:
-    flops = ModelFlops.of(SHAPE, frozen=False, reference=True)
+    flops = ModelFlops.of(replace(SHAPE, windows=(3,)), frozen=False, reference=True)
     assert flops is not None
     first, second = pair(4, 6, 2), pair(3, 1, 5)
     both = SequenceBatch(
