@@ -8,6 +8,7 @@ the same for every number of processes; B starts at 0, and the policy as the mod
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from bvpo.errors import UserError
 from bvpo.slices import local, local_rows
+
+LINEAR = (nn.Linear, Conv1D, FalconLinear)  # exactly: other subclasses are routers that give tuples, or work in groups
+# Mamba's kernels take this layer's weight and not its output, so an adapter around it would have no effect
+BYPASSED = "out_proj"
+BYPASSING = ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2")
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ class LoRA:
     Args:
         rank: r, the inner dimension of an update.
         alpha: The update is scaled by alpha / rank.
-        target: Names of the linear layers that are adapted (`q_proj`, …), or `all-linear`: all but the head.
+        target: Names of the linear layers that are adapted (`q_proj`, …), a regular expression of whole names, or
+            `all-linear`: all but the head. Experts that share one parameter and routers are no linear layers.
     """
 
     rank: int = 16
@@ -46,35 +54,50 @@ def add_adapters(model: PreTrainedModel, lora: LoRA) -> None:
     """Put adapters into the model and freeze everything else.
 
     Raises:
-        UserError: No layer has such a name, or one that has is not linear.
+        UserError: No layer has such a name, or one that has cannot be adapted.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise UserError("--model.lora needs peft: pip install 'bvpo[lora]'") from error
-    target = lora.target if isinstance(lora.target, str) else list(lora.target)
-    try:
-        inject_adapter_in_model(
-            LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,  # type: ignore[arg-type]
-                target_modules=target,
-            ),
-            model,
-        )
+    names = {f"model.{name}" for name in _targets(model, lora.target)}
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=names)  # type: ignore[arg-type]
+    try:  # inside another module, where peft does not take names for those that MoE layers had in transformers 4
+        inject_adapter_in_model(config, nn.ModuleDict({"model": model}))
     except ValueError as error:
         raise UserError(f"--model.lora: {str(error).splitlines()[0]}") from error
-    if model.get_output_embeddings() is not None and is_adapter_layer(model.get_output_embeddings()):
-        raise UserError("--model.lora: the head cannot be adapted; leave it out of lora.target")
-    for name, module in model.named_modules():
-        if is_adapter_layer(module) and not isinstance(module.base_layer, nn.Linear | Conv1D):
-            kind = type(module.base_layer).__name__
-            raise UserError(f"--model.lora: {name} is no linear layer ({kind}); leave it out of lora.target")
     widest = torch.promote_types(model.dtype, torch.float32)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 module._parameters[name] = nn.Parameter(parameter.detach().to(widest))
+
+
+def _targets(model: PreTrainedModel, target: str | Sequence[str]) -> list[str]:
+    """Names of the layers that are adapted. Raises UserError as `add_adapters`."""
+    head, modules = model.get_output_embeddings(), dict(model.named_modules())
+    bypassed = BYPASSED if model.config.model_type in BYPASSING else None
+    if target == "all-linear":
+        return [
+            name
+            for name, module in modules.items()
+            if type(module) in LINEAR and module is not head and name.rpartition(".")[2] != bypassed
+        ]
+    patterns = {target: target} if isinstance(target, str) else {own: rf"(.*\.)?{re.escape(own)}" for own in target}
+    found = {own: [name for name in modules if re.fullmatch(pattern, name)] for own, pattern in patterns.items()}
+    if not found or not all(found.values()):
+        missing = ", ".join(own for own, names in found.items() if not names)
+        raise UserError(f"--model.lora: no layer has a name of lora.target: {missing}")
+    names = [name for name in modules if any(name in own for own in found.values())]
+    for name in names:
+        if modules[name] is head:
+            raise UserError("--model.lora: the head cannot be adapted; leave it out of lora.target")
+        if type(modules[name]) not in LINEAR:
+            kind = type(modules[name]).__name__
+            raise UserError(f"--model.lora: {name} is no linear layer ({kind}); leave it out of lora.target")
+        if name.rpartition(".")[2] == bypassed:
+            raise UserError(f"--model.lora: Mamba's kernels go past {name}'s adapter; leave it out of lora.target")
+    return names
 
 
 @torch.no_grad()

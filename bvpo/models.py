@@ -20,7 +20,7 @@ from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.lora import LoRA, add_adapters, start_adapters
 from bvpo.packed import use_attention_kernel, use_packed_attention
-from bvpo.policy import completion_logps, load_policy
+from bvpo.policy import check_causal, completion_logps, load_policy
 from bvpo.reference import AdapterReference, CachedReference, LiveReference, Reference
 from bvpo.reference_cache import ReferenceCache, weights_fingerprint
 from bvpo.row_sizes import RowSizes, positions_misfit, row_misfit, tokenizer_size
@@ -54,6 +54,11 @@ class Models:
             if self.lora is not None:
                 add_adapters(model, self.lora)
             if self.activation_checkpointing:
+                if not model.supports_gradient_checkpointing:
+                    raise UserError(
+                        f"--model.activation_checkpointing: {type(model).__name__} has none in transformers: leave it "
+                        "off, and lower data.max_tokens where memory is short"
+                    )
                 enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
                 enable({"use_reentrant": False})
 
@@ -153,7 +158,9 @@ class Models:
         """`prepare` is called before a model is divided over ranks, when it may have no numbers yet."""
         dtype = dtype or torch.get_default_dtype()
         if isinstance(self.strategy, FSDP2):
-            return self.strategy.load(name, dtype, prepare)
+            sharded = self.strategy.load(name, dtype, prepare)
+            check_causal(sharded, name)  # of an unsharded model, `load_policy` does
+            return sharded
         model = load_policy(name, dtype)
         prepare(model)
         return model

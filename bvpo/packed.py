@@ -126,6 +126,32 @@ def use_attention_kernel(
 # ---------------------------------------------------------------------- asking
 
 
+@torch.enable_grad()
+def sees_ahead(model: PreTrainedModel) -> bool:
+    """Whether a token's logits depend on later tokens, as those of a bidirectional encoder do: whether they have a
+    gradient there. A model that cannot be asked is not said to: what uses it says what is wrong.
+    """
+    training, embeddings = model.training, list[Tensor]()
+    model.eval()
+
+    def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[0].clone()  # which the model may change in place
+
+    try:
+        ids = _probe(model).input_ids[:1]
+        half = ids.shape[1] // 2
+        with model.get_input_embeddings().register_forward_hook(keep):
+            logits = model(input_ids=ids, use_cache=False).logits[0, :half]
+        (gradient,) = torch.autograd.grad(logits.float().square().mean(), embeddings[0])
+        norms = gradient.reshape(ids.shape[1], -1).float().norm(dim=-1)
+        return bool(norms[half:].max() > 1e-4 * norms[:half].max())  # exactly 0 where a mask hides them
+    except FAULTS:
+        return False
+    finally:
+        model.train(training)
+
+
 def _switch(model: PreTrainedModel, name: str, otherwise: str, logps: BatchLogps) -> str | None:
     """Set the attention; where it is wrong, set the other one and say why."""
     training = model.training

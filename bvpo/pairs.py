@@ -83,6 +83,21 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, prompt: str
     return _ids(tokenizer, text)
 
 
+def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], prompt: str) -> str:
+    """The text of a completion's ids behind the prompt that they were sampled from.
+
+    Alone, a space in front of it would be taken for the one that the tokenizer puts there, and be lost.
+    """
+
+    def decode(ids: Sequence[int]) -> str:
+        return cast(str, tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    if not adds_space(tokenizer):
+        return decode(ids)
+    before = encode_prompt(tokenizer, prompt)
+    return decode([*before, *ids])[len(decode(before)) :]
+
+
 @lru_cache(maxsize=8)
 def adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a text has other ids alone than behind another: `▁a` and `a`, as SentencePiece has it by default."""

@@ -27,7 +27,7 @@ from bvpo import ranks
 from bvpo.batches import SequenceBatch
 from bvpo.errors import UserError
 from bvpo.losses import PairLogps, token_logps
-from bvpo.packed import is_packed, packed_logps
+from bvpo.packed import is_packed, packed_logps, sees_ahead
 from bvpo.slices import is_sharded
 
 BUILTIN = {"builtin:tiny_reasoner": Path(__file__).parent / "assets" / "tiny_reasoner"}
@@ -47,6 +47,10 @@ def resolve_model(name: str) -> str:
             raise UserError(f"there is no built-in model {name!r}; there is {', '.join(BUILTIN)}")
         return str(BUILTIN[name])
     folder = Path(name)
+    try:
+        folder.exists()
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from error
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise UserError(f"{name}: no config.json in this folder; give a folder saved by `save_pretrained`")
@@ -90,7 +94,11 @@ def stop_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...
 
 
 def load_policy(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model with every dropout set to 0. Raises UserError where it cannot be loaded."""
+    """A causal language model with every dropout set to 0.
+
+    Raises:
+        UserError: It cannot be loaded, is part of an encoder-decoder, or is a bidirectional encoder.
+    """
     try:
         config = _config(name)
         model, loading = cast(Any, AutoModelForCausalLM).from_pretrained(
@@ -103,11 +111,22 @@ def load_policy(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
         raise UserError(f"{name}: {len(unfilled)} tensors are missing or of another shape, the first is {unfilled[0]}")
     model.train()
     _turn_noise_off(model)
+    check_causal(model, name)
     return cast(PreTrainedModel, model)
 
 
+def check_causal(model: PreTrainedModel, name: str) -> None:
+    """Raises UserError where a token's log-probability would depend on what follows it. The model itself is asked."""
+    if sees_ahead(model):
+        raise UserError(
+            f"{name}: its logits depend on later tokens, so it is no causal language model ({type(model).__name__}): "
+            "give a decoder; encoders as BERT have no log-probability of a completion"
+        )
+
+
 def empty_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The same with its parameters not filled in. Raises UserError where its configuration cannot be loaded."""
+    """The same with its parameters not filled in, so that `check_causal` is left to do. Raises UserError where its
+    configuration cannot be loaded, or is an encoder-decoder's."""
     try:
         model = cast(Any, AutoModelForCausalLM).from_config(_config(name), dtype=dtype)
     except UNREADABLE as error:
@@ -119,6 +138,11 @@ def empty_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
 
 def _config(name: str) -> Any:
     config = AutoConfig.from_pretrained(resolve_model(name))
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{name}: an encoder-decoder ({config.model_type}), whose decoder alone is no language model: give a "
+            "decoder-only model"
+        )
     _turn_dropout_off(config)
     return config
 

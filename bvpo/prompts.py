@@ -18,7 +18,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from bvpo.errors import UserError
-from bvpo.reading import read_records
+from bvpo.reading import number_as_text, read_records
 from bvpo.tasks import draw_questions
 from bvpo.traces import Conversation, check_conversation, check_text
 
@@ -94,8 +94,9 @@ def prompt_of(row: Mapping[str, Any], where: str, reference: str | None = None) 
         raise UserError(f"{where}: {error}") from error
     if reference is not None and reference not in row:
         raise UserError(f"{where}: no column {reference}; it has {', '.join(row)}")
-    answers = [row[name] for name in ([reference] if reference else REFERENCES) if row.get(name) is not None]
-    name = next((row[name] for name in ("prompt_id", "id") if row.get(name) not in (None, "")), None)
+    given = {name: number_as_text(row.get(name)) for name in (*REFERENCES, reference, "prompt_id", "id") if name}
+    answers = [given[name] for name in ([reference] if reference else REFERENCES) if given[name] is not None]
+    name = next((given[name] for name in ("prompt_id", "id") if given[name] not in (None, "")), None)
     check_text(str(name), f"{where}, prompt_id")
     digest = hashlib.sha256(json.dumps(conversation, sort_keys=True).encode()).hexdigest()[:16]
     return Prompt(digest if name is None else str(name), conversation, str(answers[0]) if answers else None)

@@ -6,15 +6,20 @@ A source that cannot be read is refused whole, in one line. A row that does not 
 from __future__ import annotations
 
 import errno
+import glob
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
@@ -28,6 +33,7 @@ COMPLETIONS = ("chosen", "rejected", "empty_chosen", "empty_rejected")
 
 TEXT, NUMBER = datasets.Value("string"), datasets.Value("float64")
 MESSAGES = datasets.List({"role": TEXT, "content": TEXT, "reasoning_content": TEXT})
+TURNS = datasets.List(MESSAGES.feature | {"thinking": TEXT})  # gpt-oss's name of reasoning_content
 CANDIDATES = datasets.List({"trace": TEXT, "answer": TEXT, "score": NUMBER, "finish_reason": TEXT})
 OPTIONAL_COLUMNS = {
     "prompt_id": TEXT,
@@ -49,6 +55,7 @@ STRUCTURE = {
     "all_generated_responses": "a list of texts",
     "all_rm_scores": "a list of numbers",
 }
+KNOWN = {*TEXT_COLUMNS, *OPTIONAL_COLUMNS}
 CANNOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 
 
@@ -75,14 +82,15 @@ def load_rows(source: str, one_sided: bool = False) -> datasets.Dataset:
     Raises:
         UserError: The source does not exist, cannot be read, is empty, or lacks a column.
     """
-    rows = _open(source)
+    rows = _open(source, KNOWN)
     if len(rows) == 0:
         raise UserError(f"{source}: no rows; expected one row a prompt")
     _check_columns(rows, source, one_sided)
     return rows
 
 
-def _open(source: str) -> datasets.Dataset:
+def _open(source: str, wanted: Collection[str] = ()) -> datasets.Dataset:
+    """All columns of a Parquet file or Hub data set. Where a Parquet file has some of `wanted`, these alone."""
     path = BUILTIN.get(source, Path(source))
     if path.suffix not in (".json", ".jsonl", ".parquet"):
         return _open_hub(source)
@@ -90,8 +98,8 @@ def _open(source: str) -> datasets.Dataset:
     kind = "Parquet" if path.suffix == ".parquet" else "JSON"
     try:
         content = _content(path)
-        with cache_errors(source):
-            return _read_json(path, source, content) if kind == "JSON" else _read_parquet(path, content)
+        with cache_errors(source, healthy=kind == "JSON"):  # of which we read every row ourselves
+            return _read_json(path, source, content) if kind == "JSON" else _read_parquet(path, content, wanted)
     except Exception as error:  # datasets raises whatever its reader or Arrow raises
         root = error if isinstance(error, UserError) else error.__cause__ or error
         if isinstance(root, UserError):
@@ -108,25 +116,44 @@ def _content(path: Path) -> str:
 
 
 @contextmanager
-def cache_errors(source: str) -> Iterator[None]:
-    """Raises UserError where the rows of a source cannot be written to the cache."""
+def cache_errors(source: str, healthy: bool = True) -> Iterator[None]:
+    """Raises UserError where the rows of a source cannot be written to the cache, or those in it are damaged.
+
+    Args:
+        healthy: Whether the source itself is known not to be what Arrow cannot read.
+    """
     try:
         yield
     except Exception as error:
-        root = error.__cause__ or error
-        if not isinstance(root, OSError) or root.errno not in CANNOT_WRITE:
-            raise
-        folder = datasets.config.HF_DATASETS_CACHE
-        raise UserError(
-            f"{source}: its rows cannot be cached in {folder}: {root.strerror}; set HF_DATASETS_CACHE to a folder that "
-            "can be written and has room"
-        ) from error
+        root, folder = error.__cause__ or error, datasets.config.HF_DATASETS_CACHE
+        if isinstance(root, OSError) and root.errno in CANNOT_WRITE:
+            raise UserError(
+                f"{source}: its rows cannot be cached in {folder}: {root.strerror}; set HF_DATASETS_CACHE to a folder "
+                "that can be written and has room"
+            ) from error
+        unreadable = isinstance(root, pa.ArrowException | json.JSONDecodeError)
+        if healthy and (unreadable or (isinstance(root, OSError) and not root.errno)):
+            raise UserError(
+                f"{source}: its rows in the cache are damaged ({first_line(root)}): delete {folder}, which is made anew"
+            ) from error
+        raise
 
 
-def _read_parquet(path: Path, content: str) -> datasets.Dataset:
+def _read_parquet(path: Path, content: str, wanted: Collection[str]) -> datasets.Dataset:
     """A Parquet file's rows. `datasets` takes its date for its content: the name of the configuration says better."""
-    options: dict[str, Any] = {"data_files": str(path), "batch_size": 1000}  # else a whole row group is in memory
-    return cast(datasets.Dataset, datasets.load_dataset("parquet", name=content, split="train", **options))
+    if "::" in str(path):
+        raise UserError(f"{path}: `datasets` reads no Parquet file with '::' in its path; rename it")
+    # the name is taken for a pattern; without a batch size a whole row group is in memory
+    options: dict[str, Any] = {"data_files": glob.escape(str(path)), "batch_size": 1000}
+    schema = pq.read_schema(path)
+    if known := [name for name in schema.names if name in wanted]:  # others may be of a type that it does not have
+        fields = pa.schema([schema.field(name) for name in known], schema.metadata)
+        options |= {"columns": known, "features": datasets.Features.from_arrow_schema(fields)}
+    load = partial(datasets.load_dataset, "parquet", name=content, split="train", **options)
+    try:
+        return cast(datasets.Dataset, load())
+    except Exception:  # of the file, or of what is cached of it: which one, reading it anew says
+        return cast(datasets.Dataset, load(download_mode="force_redownload"))
 
 
 def _open_hub(source: str) -> datasets.Dataset:
@@ -161,6 +188,10 @@ def _hub_problem(name: str, error: Exception) -> str:
 
 
 def _check_file(path: Path, source: str) -> None:
+    try:
+        path.exists()
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise UserError(f"{source}: cannot be read: {error.strerror}") from error
     if path.is_dir():
         raise UserError(f"{source}: is a folder; give a JSONL or Parquet file, a Hub id, or {_builtin()}")
     if not path.is_file():
@@ -198,7 +229,7 @@ def _text_kinds(path: Path, source: str) -> dict[str, Any]:
     for row in _json_values(path, source):
         for name in set(TEXT_COLUMNS) - kinds.keys() if isinstance(row, dict) else ():
             if (value := row.get(name)) and isinstance(value, str | list):
-                kinds[name] = TEXT if isinstance(value, str) else MESSAGES
+                kinds[name] = TEXT if isinstance(value, str) else TURNS
         if len(kinds) == len(TEXT_COLUMNS):
             break
     return dict.fromkeys(TEXT_COLUMNS, TEXT) | kinds
@@ -266,7 +297,12 @@ def _json_values(path: Path, source: str) -> Iterator[Any]:
 
 
 def number_as_text(value: Any) -> Any:
-    """A whole number as text, so that a `prompt_id` of 7, 7.0 and "7" is one; anything else as it is."""
+    """A whole number as text, so that a `prompt_id` of 7, 7.0 and "7" is one; anything else as it is.
+
+    None for NaN: pandas writes it where there is no value.
+    """
+    if isinstance(value, float) and math.isnan(value):
+        return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value) if isinstance(value, int) else value

@@ -26,8 +26,9 @@ from bvpo.reading import (
     first_line,
     number_as_text,
 )
-from bvpo.traces import QWEN3, ThinkFormat, own_stops, render_prompt, split
+from bvpo.traces import QWEN3, ThinkFormat, own_stops, render_prompt, split, turn_end
 
+REASONING = ("reasoning_content", "thinking")  # a message's trace; the latter is gpt-oss's name
 NESTED = ("conversation", "trace_candidates", "empty_candidates", "anchor_traces")  # columns of lists of objects
 
 
@@ -62,8 +63,9 @@ def to_text(
     """A conformed row whose six columns are text: message lists, as TRL and SimPO write them, are rendered.
 
     Prompts go through the chat template. Completions never do, it may cut the trace: a completion is the message's
-    `reasoning_content` between the tags, its content as it stands, and the EOS, the first of `stops`. A row of text
-    without prompts has them inside its completions. The columns of a pair that the row does not have are None.
+    `reasoning_content` between the tags, its content as it stands, and that of `stops` which ends a turn of the
+    template. A row of text without prompts has them inside its completions. The columns of a pair that the row does not
+    have are None.
 
     Raises:
         UserError: The row cannot be conformed, or its messages are no prompt with one answer.
@@ -73,7 +75,7 @@ def to_text(
     answers = {name: row[name] for name in COMPLETIONS if isinstance(row.get(name), list)}
     if not answers:
         return _with_prompts(row, where, think)
-    eos = next(iter(stops or own_stops(tokenizer)), "")
+    eos = turn_end(tokenizer, stops or own_stops(tokenizer))
     for name, messages in answers.items():
         if not _are_messages(messages) or messages[-1]["role"] != "assistant":
             found = describe(messages)
@@ -143,7 +145,7 @@ def _are_messages(value: list[Any]) -> bool:
         isinstance(message, Mapping)
         and isinstance(message.get("role"), str)
         and isinstance(message.get("content") or "", str)
-        and isinstance(message.get("reasoning_content") or "", str)
+        and all(isinstance(message.get(name) or "", str) for name in REASONING)
         for message in value
     )
 
@@ -165,10 +167,10 @@ def _conversation(prompt: Any, starts: list[list[dict[str, Any]]]) -> list[dict[
 def completion_text(message: Mapping[str, Any], prompt: str, eos: str, think: ThinkFormat = QWEN3) -> str:
     """A message as the model wrote it after the prompt, which may have opened the think block.
 
-    A `reasoning_content` or content that a server has stripped gets the line breaks back that Qwen3 and R1 write
-    around the tags.
+    A `reasoning_content` (or `thinking`) or content that a server has stripped gets the line breaks back that Qwen3 and
+    R1 write around the tags.
     """
-    content, reasoning = message.get("content") or "", message.get("reasoning_content")
+    content, reasoning = message.get("content") or "", next(filter(None, map(message.get, REASONING)), None)
     opened = prompt.rstrip().endswith(think.open)
     if reasoning:
         if think.close in content:

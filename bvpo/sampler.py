@@ -29,7 +29,7 @@ from bvpo.errors import UserError
 from bvpo.generation import Backend, Completion, Request
 from bvpo.journal import Journal
 from bvpo.pairing import response_seed
-from bvpo.pairs import encode_completion, encode_prompt
+from bvpo.pairs import decode_completion, encode_completion, encode_prompt
 from bvpo.policy import load_tokenizer, stop_tokens
 from bvpo.prompts import Prompt, dated, load_prompts
 from bvpo.rewards import reward
@@ -213,8 +213,8 @@ class Sampler:
         return ends
 
     def _record(self, job: Job, seed: int, completion: Completion) -> dict[str, Any]:
-        text = cast(str, self.tokenizer.decode(completion.token_ids, clean_up_tokenization_spaces=False))
         before, logprob = self.prompt_text(job.prompt, job.kind), completion.logprob
+        text = decode_completion(self.tokenizer, completion.token_ids, before)
         return {
             "prompt": job.prompt.id,
             "kind": job.kind,

@@ -8,9 +8,10 @@ cut `<think>…</think>` out of assistant turns, so a completion must never pass
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -43,11 +44,13 @@ class ThinkFormat:
         close: The tag that ends it.
         empty: The closed block that a `no_thinking` prompt ends in, verbatim: in most tokenizers a blank line is one
             token, so `<think>\\n\\n</think>` is not `<think>\\n` + `\\n</think>`. Blank, it must be the template's own
-            where the template writes one; with words in it (`NO_THINKING_PREFILL`), it replaces that.
+            where the template writes one, also where that is a close tag alone (DeepSeek-V3.1); with words in it
+            (`NO_THINKING_PREFILL`), it replaces that.
         prompt_opens: Whether the generation prompt of `thinking` holds the open tag. null takes either.
 
     Raises:
-        UserError: A tag is blank or holds the other, or the block is not open tag, text, close tag, white space.
+        UserError: A tag is blank or holds the other, or the block is not open tag, text, close tag, white space, nor
+            the latter two alone.
     """
 
     open: str = "<think>"
@@ -63,6 +66,8 @@ class ThinkFormat:
             check_text(value, f"think format: {name}")
         if self.open in self.close or self.close in self.open:
             raise UserError(f"think format: one of the tags {self.open!r} and {self.close!r} holds the other")
+        if self.empty.rstrip() == self.close:
+            return
         before, opened, block = self.empty.partition(self.open)
         inside, closed, after = block.partition(self.close)
         if not (opened and closed) or before or after.strip() or self.open in inside:
@@ -159,8 +164,9 @@ def render_prompt(
 ) -> str:
     """The text that generation starts from, up to and including the generation prompt, without BOS.
 
-    `no_thinking` ends after the empty block. Templates that know `enable_thinking` (Qwen3) write it themselves; for
-    those that open the block or ignore the switch (R1-Distill, R1-0528) it is written here.
+    `no_thinking` ends after the empty block. Templates that know the switch, `enable_thinking` (Qwen3) or `thinking`
+    (DeepSeek-V3.1), write it themselves; for those that open the block or ignore the switch (R1-Distill, R1-0528) it is
+    written here.
 
     Raises:
         UserError: There is no chat template; it refuses the conversation or leaves a message out; it is of another
@@ -181,11 +187,17 @@ def render_prompt(
     head, block = _cut_block(text, think)
     closed = think.close in block
     if mode == "thinking":
-        if closed or think.prompt_opens not in (None, bool(block)):
-            expected = {True: "opens the block", False: "leaves the block to the model", None: "does not close it"}
+        if closed:
             raise UserError(
                 f"the chat template of {name!r} ends in {text[-40:]!r}, and the think format expects that it "
-                f"{expected[think.prompt_opens]}: give the format of this model"
+                "does not close it with thinking: give this model's `close` or, where the template's switch is neither "
+                "`enable_thinking` nor `thinking`, set that inside the template"
+            )
+        if think.prompt_opens not in (None, bool(block)):
+            expected = "opens the block" if think.prompt_opens else "leaves the block to the model"
+            raise UserError(
+                f"the chat template of {name!r} ends in {text[-40:]!r}, and the think format expects that it "
+                f"{expected}: give the format of this model"
             )
         return text
     if text.endswith(think.empty):
@@ -198,10 +210,33 @@ def render_prompt(
     return head + think.empty
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, mode: Mode) -> str:
+def turn_end(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> str:
+    """The stop token that ends an assistant's turn: that which the chat template writes behind one (Gemma's
+    `<end_of_turn>`); where it writes none, the first of `stops`; "" where there is none."""
+    return _turn_end(tokenizer, str(tokenizer.chat_template), tuple(stops))
+
+
+@lru_cache(maxsize=8)
+def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str, stops: tuple[str, ...]) -> str:
+    """`template` is the tokenizer's: another one may be set."""
+    behind, answer = "", "the-end-of-this-turn"
+    with suppress(UserError):
+        turns = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": answer}]
+        behind = _render(tokenizer, turns, "thinking", generation_prompt=False).rpartition(answer)[2].lstrip()
+    return next((stop for stop in stops if behind.startswith(stop)), next(iter(stops), ""))
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, mode: Mode, generation_prompt: bool = True
+) -> str:
+    on = mode == "thinking"
     try:
         text = tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=True, enable_thinking=mode == "thinking"
+            conversation,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            enable_thinking=on,  # Qwen3, GLM-4.5
+            thinking=on,  # DeepSeek-V3.1, Granite 3.2
         )
     except (TemplateError, TypeError, ValueError) as error:  # the latter are what templates run into, and transformers
         cause = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -211,9 +246,15 @@ def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, mode
 
 
 def _cut_block(prompt: str, think: ThinkFormat) -> tuple[str, str]:
-    """A prompt without the blank block that it ends in, open or closed, and that block ("" where there is none)."""
+    """A prompt without the blank block that it ends in, open or closed, and that block ("" where there is none).
+
+    A close tag alone is one: DeepSeek-V3.1's template writes no open tag with thinking disabled.
+    """
     head, tag, tail = prompt.rpartition(think.open)
-    return (head, tag + tail) if tag and not tail.replace(think.close, "", 1).strip() else (prompt, "")
+    if tag and not tail.replace(think.close, "", 1).strip():
+        return head, tag + tail
+    head, tag, tail = prompt.rpartition(think.close)
+    return (head, tag + tail) if tag and not tail.strip() else (prompt, "")
 
 
 def own_stops(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

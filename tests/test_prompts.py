@@ -82,6 +82,8 @@ def test_forms_may_be_mixed_and_keep_their_order(tmp_path: Path) -> None:
         ({"id": "x", "prompt_id": "p7"}, "p7"),
         ({"id": "x", "prompt_id": None}, "x"),
         ({"id": 12}, "12"),
+        ({"id": 7.0}, "7"),
+        ({"id": 12, "prompt_id": float("nan")}, "12"),  # as pandas writes an absent one
         ({"prompt_id": 0}, "0"),
         ({"id": 5, "prompt_id": 0}, "0"),
     ],
@@ -101,6 +103,7 @@ def test_ids(tmp_path: Path, kind: str, fields: dict[str, Any], name: str) -> No
         ({"answer": "2", "reference": "two"}, "two"),
         ({"answer": None, "solution": "2"}, "2"),
         ({"answer": 2}, "2"),
+        ({"answer": float("nan"), "solution": "2"}, "2"),
     ],
 )
 def test_references(tmp_path: Path, fields: dict[str, Any], reference: str | None) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -25,12 +27,13 @@ from bvpo import fit, pairs
 from bvpo.data import PairData
 from bvpo.errors import UserError
 from bvpo.pairs import load_rows, tokenize_rows
-from bvpo.policy import load_tokenizer, stop_tokens
+from bvpo.policy import load_tokenizer, resolve_model, stop_tokens
 from bvpo.row_faults import draw_sample, other_prompt
 from bvpo.rows import completion_text, shared_prompt, to_text
 from bvpo.selection import SEQUENCES, RowOptions
-from bvpo.traces import QWEN3, Response, join, own_stops, split
+from bvpo.traces import QWEN3, Response, join, own_stops, split, turn_end
 from tests.conftest import EOS, make_rows, write_rows
+from tests.test_traces import deepseek, template
 
 ROWS = make_rows(4)
 CANDIDATES = [
@@ -374,6 +377,26 @@ def test_a_prompt_id_is_one_however_it_is_written(tokenizer: PreTrainedTokenizer
     assert keys == [[pairs.prompt_key(str(index)) for index in range(4)]] * 6
 
 
+def test_a_prompt_id_that_is_no_number_is_absent(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """pandas writes NaN where there is none: the rows do not share a prompt."""
+    rows = [row | {"prompt_id": float("nan")} for row in ROWS]
+    for source in (str(write_rows(tmp_path / "r.jsonl", rows)), write(tmp_path / "r.parquet", parquet(rows))):
+        keys = tokenize_rows(load_rows(source), tokenizer, source)["prompt_key"][:]
+        assert keys == [pairs.prompt_key(row["prompt"]) for row in ROWS]
+
+
+def test_a_parquet_column_of_any_type_may_stand_beside_those_of_a_row(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """`datasets` has no type for a map."""
+    table = pa.Table.from_pylist(ROWS)
+    counts = pa.array([[("a", 1)]] * len(ROWS), pa.map_(pa.string(), pa.int64()))
+    source = str(tmp_path / "rows.parquet")
+    pq.write_table(table.append_column("counts", counts), source)
+    tokenized = tokenize_rows(load_rows(source), tokenizer, source)
+    assert tokenized["chosen"][:] == [tokenizer(row["chosen"]).input_ids for row in ROWS]
+
+
 # ---------------------------------------------------------------------- bad and long rows, by option
 
 
@@ -587,6 +610,47 @@ def test_conversations_become_text_without_a_template_around_completions(tmp_pat
     }
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_trace_under_the_name_of_gpt_oss_is_one(kind: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("builtin:tiny_reasoner")
+    texts = []
+    for name in ("reasoning_content", "thinking"):
+        sides = {side: [{"role": "assistant", "content": side, name: "e a"}] for side in ("chosen", "rejected")}
+        empty = {f"empty_{side}": [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+        path, row = tmp_path / f"{name}.{kind}", {"prompt": [{"role": "user", "content": "Count."}], **sides, **empty}
+        source = str(write_rows(path, [row])) if kind == "jsonl" else write(path, parquet([row]))
+        texts.append(to_text(load_rows(source)[0], "row 1", tokenizer))
+        tokenize_rows(load_rows(source), tokenizer, source)
+    assert texts[0] == texts[1]
+    assert texts[0]["chosen"] == f"<think>\ne a\n</think>\n\nchosen{tokenizer.eos_token}"
+
+
+TURNS_END = {  # the stop tokens of a model, the first one the tokenizer's EOS; and that of an assistant's turn
+    "gemma3": (("<end_of_turn>",), "<end_of_turn>"),
+    "phi3": (("<|end|>",), "<|end|>"),
+    "glm4moe": (("<|user|>",), None),  # the template writes nothing behind a turn
+    "deepseek_r1_distill": (("<|end|>",), None),
+    "{% for": (("<|end|>",), None),
+}
+
+
+@pytest.mark.parametrize("name", TURNS_END)
+def test_a_message_ends_in_the_stop_token_of_the_template(name: str) -> None:
+    others, expected = TURNS_END[name]
+    tokenizer = deepseek(template(name) if name.replace("_", "").isalnum() else name)
+    stops = (str(tokenizer.eos_token), *others)
+    assert turn_end(tokenizer, stops) == (expected or tokenizer.eos_token)
+    assert turn_end(tokenizer, stops[:1]) == tokenizer.eos_token and turn_end(tokenizer, ()) == ""
+    if expected is None:
+        return
+    answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    row = {"prompt": Q} | answers | {f"empty_{side}": messages for side, messages in answers.items()}
+    text = to_text(row, "row 1", tokenizer, stops=stops)
+    assert text["chosen"] == f"chosen{expected}" and text["empty_rejected"] == f"rejected{expected}"
+    rendered = tokenizer.apply_chat_template([*Q, *answers["chosen"]], tokenize=False)
+    assert (text["prompt"] + text["chosen"]) in rendered  # TRL's text
+
+
 def test_the_first_row_does_not_decide_what_others_hold(tmp_path: Path) -> None:
     """A column holds text or messages as its first value has it, in whichever row that is."""
     tokenizer = load_tokenizer("builtin:tiny_reasoner")
@@ -665,6 +729,38 @@ def test_a_cache_that_cannot_be_written_is_not_the_file_s_fault(
         UserError, match=r"its rows cannot be cached in .*cache: Not a directory; set HF_DATASETS_CACHE"
     ):
         load_rows(source)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_damaged_cache_is_not_the_file_s_fault(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` made of a Parquet file is made anew; of another one, it is said what to delete."""
+    source = write(tmp_path / f"rows.{suffix}", parquet(ROWS) if suffix == "parquet" else lines(*ROWS))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    whole = load_rows(source)["chosen"][:]
+    for path in (tmp_path / "cache").rglob("*.arrow"):
+        path.unlink()  # a copy in memory may still be mapped
+        path.write_bytes(b"ARROW1")
+    if suffix == "parquet":
+        assert load_rows(source)["chosen"][:] == whole
+    else:
+        with pytest.raises(UserError, match=r"rows.jsonl: its rows in the cache are damaged \(.*\): delete .*cache"):
+            load_rows(source)
+
+
+def test_a_name_is_no_pattern(tmp_path: Path) -> None:
+    """Nor does it stand for the file that it would match."""
+    write(tmp_path / "p1.parquet", parquet(ROWS[:1]))
+    assert len(load_rows(write(tmp_path / "p[1].parquet", parquet(ROWS)))) == len(ROWS)
+    path = (tmp_path / "p1.parquet").rename(tmp_path / "a::b.parquet")
+    with pytest.raises(UserError, match="with '::' in its path; rename it"):
+        load_rows(str(path))
+
+
+def test_names_that_are_too_long_are_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        load_rows(str(tmp_path / f"{'a' * 300}.jsonl"))
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        resolve_model(str(tmp_path / ("a" * 300)))
 
 
 def test_a_full_disk_while_tokenizing_is_said(

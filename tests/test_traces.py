@@ -228,6 +228,36 @@ def test_the_blocks_of_other_templates() -> None:
         render_prompt(glm, [USER], "no_thinking")
 
 
+V31 = (  # what DeepSeek-V3.1's template does: its switch is `thinking`, and it closes a block that it did not open
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}"
+    "<｜Assistant｜></think>{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<｜Assistant｜>{{ '<think>' if thinking else '</think>' }}{% endif %}"
+)
+
+
+def test_a_template_whose_switch_is_thinking() -> None:
+    tokenizer = deepseek(V31)
+    own = ThinkFormat(empty="</think>", prompt_opens=True)
+    start = "<｜User｜>1 + 1 ?<｜Assistant｜>"
+    assert render_prompt(tokenizer, [USER], "thinking", own) == f"{start}<think>"
+    assert render_prompt(tokenizer, [USER], "no_thinking", own) == f"{start}</think>"
+    prefilled = render_prompt(tokenizer, [USER], "no_thinking", FORMATS["r1_distill_prefilled"])
+    assert prefilled == start + NO_THINKING_PREFILL
+    with pytest.raises(UserError, match=r"writes the empty block '</think>'.*give the template's as `empty`"):
+        render_prompt(tokenizer, [USER], "no_thinking", R1_DISTILL)
+    granite = deepseek(
+        "{% if thinking %}Write your thoughts between <think></think>.{% endif %}{{ messages[0].content }}"
+    )
+    assert render_prompt(granite, [USER], "thinking").startswith("Write your thoughts")
+    assert render_prompt(granite, [USER], "no_thinking") == f"1 + 1 ?{EMPTY}"
+
+
+def test_a_template_with_another_switch_is_refused() -> None:
+    tokenizer = deepseek(V31.replace("if thinking", "if think_hard"))
+    with pytest.raises(UserError, match=r"does not close it with thinking.*neither `enable_thinking` nor `thinking`"):
+        render_prompt(tokenizer, [USER], "thinking")
+
+
 def test_no_text_of_a_prompt_holds_bos(r1_distill: PreTrainedTokenizerFast, qwen3: PreTrainedTokenizerFast) -> None:
     for mode in ("thinking", "no_thinking"):
         assert str(r1_distill.bos_token) not in render_prompt(r1_distill, [USER], mode)
