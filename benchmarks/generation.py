@@ -76,8 +76,8 @@ def large(prompts: int, responses: int) -> Workload:
     model, rng, most = LlamaForCausalLM(config).eval(), random.Random(0), 256
 
     def count_down(module: Any, args: Any, inputs: dict[str, Any], output: Any) -> None:
-        last = inputs["input_ids"][:, -1:]
-        output.logits[:, -1].scatter_(1, (last - 1).clamp(min=0), 100.0)
+        kept = inputs["input_ids"][:, -output.logits.shape[1] :]  # the positions whose logits are asked for
+        output.logits.scatter_(2, (kept - 1).clamp(min=0)[..., None], 100.0)
 
     model.register_forward_hook(count_down, with_kwargs=True)
     requests: list[Request] = []

@@ -27,6 +27,8 @@ from bvpo.mixing import Fixed
 from bvpo.module import BVPO
 from bvpo.pairs import load_rows
 
+WARM_UP = 10  # first steps of each kind that are not counted
+
 
 class Alternate(L.Callback):
     """Turns the statistics on for one step of each pair, at random which, and times every step."""
@@ -58,6 +60,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", help="write the figures to this file too")
     options = parser.parse_args()
+    if options.steps % 2 or options.steps <= 2 * WARM_UP:
+        parser.error(
+            f"--steps {options.steps}: must be even and over {2 * WARM_UP}, as the first {WARM_UP} pairs warm up"
+        )
     facts = record.circumstances()
     torch.set_num_threads(options.threads)
     L.seed_everything(0, verbose=False)
@@ -76,7 +82,7 @@ def main() -> None:
         enable_model_summary=False,
         callbacks=[timer],
     ).fit(module, datamodule=PairData(str(folder / "rows.parquet"), batch_size=4, accumulate=4))
-    with_, without = (np.array(timer.seconds[on][10:]) for on in (True, False))  # the first steps warm up
+    with_, without = (np.array(timer.seconds[on][WARM_UP:]) for on in (True, False))
     draws = np.random.default_rng(0).integers(len(with_), size=(2000, len(with_)))
     ratios = np.median(with_[draws], 1) / np.median(without[draws], 1)
     figures = {

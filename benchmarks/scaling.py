@@ -41,8 +41,8 @@ def of_length(tokens: int) -> Setting:
 
 
 AXES: dict[str, tuple[dict[int, Setting], str, str]] = {  # settings by size, expected orders of time and of memory
-    "tokens": ({size: of_length(size) for size in (128, 512, 1024)}, "1 to 2", "1"),
-    "rows": ({size: replace(BASE, rows=size) for size in (1, 2, 4)}, "1", "1"),
+    "tokens": ({size: of_length(size) for size in (128, 256, 512, 1024)}, "1 to 2", "1"),
+    "rows": ({size: replace(BASE, rows=size) for size in (1, 2, 4, 8)}, "1", "1"),
     "vocabulary": ({size: replace(BASE, vocabulary=size) for size in (1024, 4096, 16384)}, "0 to 1", "0 to 1"),
     "width": ({size: replace(BASE, hidden=size) for size in (128, 256, 512)}, "1 to 2", "0 to 2"),
 }

@@ -24,10 +24,10 @@ from typing import Any
 from rich.console import Console
 
 from bvpo.ablation_table import Entry, Values, compare, fit_values, plot, write
+from bvpo.commands import begin
 from bvpo.errors import UserError
 from bvpo.grid import JOBS, Fit, Grid, load_grid
 from bvpo.grid_run import GridRun, check_settings, finished_run, make_executor
-from bvpo.runs import quiet_lightning
 
 
 def prepare(commands: Sequence[str]) -> None:
@@ -79,14 +79,14 @@ def report(grid: Grid, command: str, console: Console) -> None:
     files = write(entries, values, _note(grid, values, command), grid.output)
     print(files[-1].read_text())
     files += _plot(entries, grid.output / "table.png", console)
-    console.print("written: " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
+    console.out("written: " + ", ".join(map(str, files)), highlight=False)
 
 
 def _plot(entries: Sequence[Entry], path: Path, console: Console) -> list[Path]:
     try:
         plot(entries, path)
     except UserError as error:
-        console.print(f"no plot: {error}", highlight=False, markup=False, soft_wrap=True)
+        console.out(f"no plot: {error}", highlight=False)
         return []
     return [path]
 
@@ -131,9 +131,9 @@ def command(options: argparse.Namespace, others: Sequence[str]) -> str:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0; 1 where a fit failed; 2 after an error that the user can mend;
     130 when interrupted."""
-    quiet_lightning()
+    begin()
     options, others = parse(args)
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else 200, emoji=False)  # a cell may be named :warning:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed: dict[Fit, str] = {}
     code = 0

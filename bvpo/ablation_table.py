@@ -20,9 +20,10 @@ from scipy.stats import t as student_t
 
 from bvpo.checkpoints import replacing, write_whole
 from bvpo.errors import UserError
-from bvpo.runs import read_table
+from bvpo.run_log import read_table
 
 LEVEL = 0.95  # of the intervals
+ROUNDING = 1e-9  # largest standard error, relative to a mean above 1, that counts as 0
 Values = Mapping[str, Mapping[int, Mapping[str, float]]]  # cell → seed → metric's label → value
 
 
@@ -195,7 +196,7 @@ def _shown(found: Estimate, sign: str = "") -> str:
     if not found.seeds:
         return "—"
     digits = _digits(found)
-    error = f" ± {found.standard_error:.{digits}f}" if found.standard_error else ""
+    error = f" ± {found.standard_error:.{digits}f}" if _error(found) else ""
     return f"{found.mean:{sign}.{digits}f}{error}"
 
 
@@ -210,9 +211,19 @@ def _difference(found: Estimate | None) -> str:
 
 def _digits(found: Estimate) -> int:
     """Decimal places: two digits of the standard error; four where there is none."""
-    if not found.standard_error:
-        return 4
-    return min(max(1 - math.floor(math.log10(found.standard_error)), 0), 12)
+    error = _error(found)
+    return min(max(1 - math.floor(math.log10(error)), 0), 12) if error else 4
+
+
+def _error(found: Estimate) -> float:
+    """The standard error; 0 where there is none, and where it is the rounding of values that are equal."""
+    error = found.standard_error or 0.0
+    return error if error > ROUNDING * max(1.0, abs(found.mean)) else 0.0
+
+
+def literal(name: str) -> str:
+    """A name as matplotlib shows it letter by letter: the text between two `$` would be a formula."""
+    return name.replace("$", r"\$")
 
 
 def plot(entries: Sequence[Entry], path: Path) -> None:
@@ -240,9 +251,9 @@ def plot(entries: Sequence[Entry], path: Path) -> None:
         baselines = {entry.baseline for entry in own if entry.baseline is not None}
         if len(baselines) == 1:
             axes.axvline(means[baselines.pop()], color="0.6", linestyle="--", zorder=0)
-        axes.set(title=metric)
+        axes.set(title=literal(metric))
         axes.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(cells)), cells)
+    panels[0].set_yticks(range(len(cells)), [literal(cell) for cell in cells])
     panels[0].invert_yaxis()
     try:
         figure.savefig(path, dpi=150)

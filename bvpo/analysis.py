@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from scipy.stats import t as student_t
 
 from bvpo.errors import UserError
 from bvpo.mixing import ErrorTerms
 from bvpo.oracle import Oracle
-from bvpo.runs import noted_ranks, whole_lines
+from bvpo.run_log import read_table, whole_lines
+from bvpo.runs import noted_ranks, read_config
 
 # ---------------------------------------------------------------------- run folders
 
@@ -44,7 +44,10 @@ class Run:
     anchor_every: int
 
     def __len__(self) -> int:
-        """Optimizer steps; the log may have a row more, of what was measured after the last one."""
+        """Optimizer steps that are logged, of which `trainer.log_every_n_steps` leaves out some.
+
+        The log may have a row more, of what was measured after the last one.
+        """
         return int(self.series("mixing/alpha").count())
 
     def series(self, key: str) -> pd.Series[float]:
@@ -79,27 +82,34 @@ def read_run(folder: str | Path, ranks: int | None = None) -> Run:
         ranks: Processes of the run; without it, as the run noted them or, where it did not, as config.yaml has them.
 
     Raises:
-        UserError: The folder is no run's, nothing is logged yet, or nothing in it says how many processes it had.
+        UserError: The folder is no run's, a file in it is damaged, nothing is logged yet, or nothing in it says how
+            many processes it had.
     """
     path = Path(folder) / "metrics.csv"
     if not path.is_file():
         raise UserError(f"{folder}: no metrics.csv in this folder; give a run folder such as runs/version_0")
+    rows, log = read_table(path)[1], pd.DataFrame()
     try:
-        log = pd.read_csv(io.StringIO(whole_lines(path))).groupby("step").first()
-        config = yaml.safe_load((path.parent / "config.yaml").read_text())
-    except pd.errors.EmptyDataError:
-        log = pd.DataFrame()
+        if rows:
+            log = pd.read_csv(io.StringIO(whole_lines(path))).groupby("step").first()
+            config = read_config(path.parent / "config.yaml")
     except FileNotFoundError as error:
         raise UserError(
             f"{folder}: no config.yaml beside metrics.csv; give a run folder as bvpo.fit wrote it"
         ) from error
     if log.empty:
         raise UserError(f"{path}: nothing is logged yet; wait for the run's first optimizer step")
-    model, data = config["model"], config["data"]
-    mixing = model["mixing"]["init_args"]
-    ranks = ranks or noted_ranks(path.parent) or _ranks(config["trainer"], folder)
-    batch_size = model["accumulate"] * data["batch_size"] * ranks
-    return Run(log, batch_size, mixing["window"], mixing["anchor"], mixing["anchor_every"])
+    try:
+        model, data = config["model"], config["data"]
+        mixing = model["mixing"]["init_args"]
+        ranks = ranks or noted_ranks(path.parent) or _ranks(config["trainer"], folder)
+        batch_size = model["accumulate"] * data["batch_size"] * ranks
+        return Run(log, batch_size, mixing["window"], mixing["anchor"], mixing["anchor_every"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}/config.yaml: does not hold a run's options ({type(error).__name__}: {error}): the file is "
+            "damaged; put a copy of it there"
+        ) from error
 
 
 def _ranks(trainer: Mapping[str, Any], folder: str | Path) -> int:

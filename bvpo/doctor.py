@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.text import Text
 
@@ -24,9 +23,10 @@ from bvpo import doctor_report as report
 from bvpo.batches import collate
 from bvpo.budget import largest_batch, memory_facts, planned_batch
 from bvpo.checks import Check, check_bad_rows, check_lengths, row_checks
+from bvpo.commands import exit_code
 from bvpo.data import PairData
 from bvpo.errors import UserError
-from bvpo.fit import TRAINER_DEFAULTS, FitCLI, quiet_lightning
+from bvpo.fit import TRAINER_DEFAULTS, FitCLI
 from bvpo.inspection import Inspection, count_rows, inspect, length_table
 from bvpo.machine import Machine, available_ram, format_bytes, machine_of
 from bvpo.memory import WEIGHT_BYTES, MemoryEstimate, memory_estimate
@@ -266,32 +266,31 @@ def print_diagnosis(found: Diagnosis, console: Console) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0 where no check fails, 1 where one does, 2 after a user's error."""
-    quiet_lightning()
-    try:
+    """Run the command line. Returns the exit code: 0 where no check fails, 1 where one does; 2 after an error that the
+    user can mend; 130 when interrupted."""
+
+    def work() -> int:
         cli = DoctorCLI(
             BVPO,
             PairData,
             run=False,
             args=None if args is None else list(args),
-            seed_everything_default=0,
             trainer_defaults=dict(TRAINER_DEFAULTS),
             parser_kwargs={"prog": "python -m bvpo.doctor", "description": __doc__, "usage": USAGE},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
         found = plan(cli) if cli.config.plan else diagnose(cli)
-    except (UserError, MisconfigurationException) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if cli.config.json:
-        print(json.dumps(found.as_dict(), ensure_ascii=False, indent=2))
-    elif isinstance(found, Plan):
-        report.print_memory(Console(), found.memory, found.machine)
-        report.print_checks(Console(), found.checks)
-    else:
-        print_diagnosis(found, Console())
-    return 1 if found.failed else 0
+        if cli.config.json:
+            print(json.dumps(found.as_dict(), indent=2))  # in ASCII, which every stdout takes
+        elif isinstance(found, Plan):
+            report.print_memory(Console(), found.memory, found.machine)
+            report.print_checks(Console(), found.checks)
+        else:
+            print_diagnosis(found, Console())
+        return int(found.failed)
+
+    return exit_code(work, "nothing was written")
 
 
 if __name__ == "__main__":

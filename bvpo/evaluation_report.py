@@ -10,6 +10,7 @@ from typing import Any, cast
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bvpo.benchmark_scores import Estimate, Figures
 from bvpo.traces import MODES, Mode
@@ -30,12 +31,15 @@ def print_figures(found: Found, judges: Mapping[str, Mapping[Mode, str]], consol
         padding=(0, 1, 0, 0),
     )
     for column in ("task", "mode", "n × k", "avg@k", "pass@k", "truncated", "tokens"):
-        table.add_column(column, justify="left" if column in ("task", "mode") else "right", no_wrap=True)
+        whole = column != "task"  # a long name is folded, and no figure cut
+        table.add_column(
+            column, justify="left" if column in ("task", "mode") else "right", no_wrap=whole, overflow="fold"
+        )
     notes = []
     for name, modes in found.items():
         for mode, own in modes.items():
             table.add_row(
-                name,
+                Text(name),
                 mode,
                 f"{own.questions} × {own.samples}",
                 _percent(own.average) if own.average else "by a judge",
@@ -48,10 +52,10 @@ def print_figures(found: Found, judges: Mapping[str, Mapping[Mode, str]], consol
             notes += [f"{name}, {mode}: {count} answers count as wrong: {why}" for why, count in own.problems.items()]
     console.print(table)
     for note in notes:
-        console.print(note, soft_wrap=True)
+        console.out(note, highlight=False)
     for name, commands in judges.items():
         for mode, command in commands.items():
-            console.print(f"judge {name}, {mode}:\n{command}", soft_wrap=True, highlight=False, markup=False)
+            console.out(f"judge {name}, {mode}:\n{command}", highlight=False)
 
 
 def _percent(value: Estimate) -> str:

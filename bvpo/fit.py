@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bvpo.checkpoints import LAST, AtomicCheckpointIO, StepCheckpoint
 from bvpo.checks import quick_checks, require
+from bvpo.commands import begin, undecoded_options
 from bvpo.compatibility import check_trainer
 from bvpo.data import PairData
 from bvpo.errors import UserError
@@ -30,11 +32,10 @@ from bvpo.runs import (
     lock_run,
     mark_finished,
     note_ranks,
-    quiet_lightning,
     run_loggers,
 )
 from bvpo.sharding import FSDP2
-from bvpo.stopping import Stopped, StopSignals, outside_cause
+from bvpo.stopping import Stopped, StopSignals, die_with_parent, outside_cause, own_processes
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs",
@@ -67,10 +68,15 @@ class FitCLI(LightningCLI):
         )
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; null: torch's own choice.")
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")  # type: ignore[arg-type]
-        parser.set_defaults(CHECKPOINT_DEFAULTS)
+        parser.set_defaults(CHECKPOINT_DEFAULTS | {"seed_everything": 0})
         parser.link_arguments("model.policy", "data.tokenizer")
         parser.link_arguments("model.accumulate", "data.accumulate")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        if self.config.seed_everything is True:  # Lightning would take 0 then, and the order of rows that of 1
+            raise UserError("--seed_everything true: no seed is drawn here; give a number, such as 1")
 
     def before_instantiate_classes(self) -> None:
         trainer = self.config.trainer
@@ -100,6 +106,14 @@ class FitCLI(LightningCLI):
             name = config.name if self.start.checkpoint is None else f"config_resumed_at_{self.start.step}.yaml"
             self.save_config_kwargs["config_filename"] = name
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ModuleNotFoundError, ValueError) as error:
+            if (message := missing_package(error)) is None:
+                raise
+            raise UserError(message) from error
+
     def fit(self) -> None:
         check_trainer(self.trainer)  # before it starts further processes
         require(quick_checks(self.datamodule), str(self.datamodule.sources["train"]))
@@ -110,9 +124,11 @@ class FitCLI(LightningCLI):
         if self.config.trainer.logger is not False:
             version = claim_version(self.root) if start.version is None else start.version
             folder = self.root / f"version_{version}"
-            self.lock = lock_run(folder) if self.trainer.is_global_zero else None
-            resumed_at = None if start.version is None else start.step
             zero = self.trainer.is_global_zero
+            self.lock = lock_run(folder) if zero else None
+            if zero and start.version is not None and find_start(self.root, "last", self.limits) != start:
+                raise UserError(f"{folder}: has gone on, or is not the newest run any more, meanwhile: start again")
+            resumed_at = None if start.version is None else start.step
             if zero and (start.version is None or start.checkpoint is None):  # else another number is refused later
                 note_ranks(folder, self.trainer.world_size)
             self.trainer.loggers = [*run_loggers(self.root, version, resumed_at), *given] if zero else []
@@ -125,14 +141,23 @@ class FitCLI(LightningCLI):
         if not isinstance(self.trainer.strategy, FSDP2):
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         try:
-            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path and str(path), weights_only=True)
-        except Exception:
+            with own_processes():
+                options: dict[str, Any] = {"ckpt_path": path and str(path), "weights_only": True}
+                self.trainer.fit(self.model, datamodule=self.datamodule, **options)
+        except BaseException:  # a signal, too
             launcher: Any = self.trainer.strategy.launcher
             if hasattr(launcher, "kill"):  # they would wait for this process
                 launcher.kill(signal.SIGKILL)
             raise
         if not self.trainer.is_global_zero:
             return
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        ended = any(isinstance(callback, StopSignals) and callback.ended for callback in callbacks)
+        if self.trainer.state.finished and not ended:
+            raise UserError(
+                f"no optimizer step was taken: the {self.trainer.global_step} that are behind this start are all that "
+                "max_steps, max_epochs or max_time allow; raise them"
+            )
         if folder is not None and self.trainer.state.finished:
             mark_finished(folder, self.trainer.global_step, self.limits)
 
@@ -149,6 +174,8 @@ def refuse_trainer_options(trainer: Any) -> None:
             f"strategy {trainer.strategy}: gradients are mixed and summed for one device, ddp and fsdp2 only; set "
             "--trainer.strategy fsdp2, which divides parameters over all processes and runs on CPUs too"
         )
+    if trainer.fast_dev_run:
+        raise UserError("--trainer.fast_dev_run leaves out logs and checkpoints: give --trainer.max_steps 1 instead")
     if trainer.barebones:
         raise UserError("--trainer.barebones leaves out logs and checkpoints, which a run consists of: leave it out")
     if trainer.overfit_batches:
@@ -186,8 +213,9 @@ def refuse_checkpoint_options(config: Any) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0; 2 after an error that the user can mend; 130 and 143 when stopped
     by Ctrl-C and SIGTERM."""
-    quiet_lightning()
+    begin()
     try:
+        die_with_parent()
         with StopSignals() as signals:
             return _run(args, signals)
     except (UserError, MisconfigurationException) as error:
@@ -197,10 +225,25 @@ def main(args: Sequence[str] | None = None) -> int:
         rank_zero_print(stop, file=sys.stderr)
         return stop.exit_code
     except Exception as error:
-        if (message := outside_cause(error)) is None:
+        if (message := outside_cause(error) or undecoded_options(error) or missing_score(error)) is None:
             raise
         print(f"error{_process()}: {message}", file=sys.stderr)
         return 2
+
+
+def missing_package(error: Exception) -> str | None:
+    """What Lightning says of a package that an option needs and that is not installed; None for other errors.
+
+    jsonargparse hides the error in one of its own, and its words in the midst of a list of types.
+    """
+    found = re.search(r"Requirement '[^']*' not met\.[^\n]*", str(error))
+    return found and f"an option needs a package that is not installed: {found[0]}"
+
+
+def missing_score(error: Exception) -> str | None:
+    """What Lightning says where EarlyStopping waits for a score that is not logged; None for other errors."""
+    text = str(error)
+    return text if isinstance(error, RuntimeError) and text.startswith("Early stopping conditioned on metric") else None
 
 
 @rank_zero_only
@@ -221,7 +264,6 @@ def _run(args: Sequence[str] | None, signals: StopSignals) -> int:
         PairData,
         run=False,
         args=None if args is None else list(args),
-        seed_everything_default=0,
         trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [signals]},
         save_config_callback=ConfigSaver,
         parser_kwargs={"prog": "python -m bvpo.fit", "description": __doc__, "usage": USAGE},

@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bvpo.ablation_table import literal
 from bvpo.analysis import GridResults, Run, alpha_interval, last_error_terms, measured_trace_variance, running_mean
 from bvpo.mixing import AlphaEstimate, mean_squared_error, optimal_alpha
 from bvpo.oracle import ExactMoments, Oracle
@@ -28,12 +29,13 @@ STEPS = "optimizer steps"
 
 def plot_variance(run: Run) -> Figure:
     """Variance of one optimizer batch's trace, empty-trace and mixed gradient over the run."""
-    axes = make_axes(
-        "Variance of one optimizer batch's gradient", f"trΣ / B, summed over parameters, B = {run.batch_size}"
-    )
+    title = "Variance of one optimizer batch's gradient"
+    if not any(run.logged(f"variance/{of}") for of in OF):
+        return _absent(title, "no variance is in this log:\nit needs --model.mixing.window and two units")
+    axes = make_axes(title, f"trΣ / B, summed over parameters, B = {run.batch_size}")
     for name in ("trace", "empty"):
-        axes.plot(run.log.index, run.batch_variance(name), color=OF[name], label=NAMES[name])
-    axes.plot(run.log.index, run.series("variance/mixed"), color=OF["mixed"], label="mixed gradient, at the α in use")
+        _curve(axes, run.batch_variance(name), OF[name], NAMES[name])
+    _curve(axes, run.series("variance/mixed"), OF["mixed"], "mixed gradient, at the α in use")
     axes.set_ylim(bottom=0)
     return finish(axes)
 
@@ -43,7 +45,7 @@ def plot_noise_scale(run: Run) -> Figure:
     axes = make_axes("Noise scale", "trΣ / ‖E g‖², rows")
     for name in ("trace", "empty"):
         scale = run.series(f"gradient/noise_scale_{name}") * run.overlap()[name]  # pairs → rows
-        axes.plot(run.log.index, scale.where(scale > 0), color=OF[name], label=NAMES[name])
+        _curve(axes, scale.where(scale > 0), OF[name], NAMES[name])
     axes.axhline(run.batch_size, color="0.4", linestyle="--", label=f"optimizer batch, {run.batch_size} rows")
     axes.set_yscale("log")
     return finish(axes)
@@ -83,7 +85,7 @@ def plot_trace_variance(run: Run) -> Figure:
 def plot_alpha(run: Run, level: float = 0.95) -> Figure:
     """α in use, and α̂ with its interval."""
     axes = make_axes(f"Mixing weight, optimizer batch of {run.batch_size} rows", "weight of the trace gradient")
-    axes.plot(run.log.index, run.series("mixing/alpha"), color="black", label="α in use")
+    _curve(axes, run.series("mixing/alpha"), "black", "α in use")
     if run.logged("mixing/alpha_estimate"):
         estimate, interval = run.series("mixing/alpha_estimate"), alpha_interval(run, level)
         axes.plot(
@@ -124,7 +126,7 @@ def plot_rewards(run: Run) -> Figure:
     for branch in ("trace", "empty"):
         for side, style in (("chosen", "-"), ("rejected", "--")):
             own = run.series(f"reward/{branch}_{side}")
-            axes.plot(own.index, own, style, color=OF[branch], label=f"{branch}, {side}")
+            _curve(axes, own, OF[branch], f"{branch}, {side}", style)
     axes.axhline(0, color="0.4", linewidth=0.8)
     return finish(axes)
 
@@ -138,7 +140,7 @@ def plot_cells(grid: GridResults) -> Figure:
     for metric, axes in panels.items():
         table = grid.of(metric)
         _rows(axes, grid.cells, grid.by_seed(metric), table["mean"], table["low"], table["high"])
-        axes.set(title=metric, xlabel="mean over seeds, 95% interval")
+        axes.set(title=literal(metric), xlabel="mean over seeds, 95% interval")
     return _whole(panels)
 
 
@@ -159,8 +161,8 @@ def plot_differences(grid: GridResults, leave_out: Sequence[str] = ("start",)) -
         mean, low, high = (table[f"difference_{name}"] for name in ("mean", "low", "high"))
         _rows(axes, cells, paired, mean, low, high)
         axes.axvline(0, color="0.4", linewidth=0.8, zorder=0)
-        than = baselines[0] if len(baselines) == 1 else "baseline"
-        axes.set(title=metric, xlabel=f"difference from {than}, 95% interval")
+        than = literal(baselines[0]) if len(baselines) == 1 else "baseline"
+        axes.set(title=literal(metric), xlabel=f"difference from {than}, 95% interval")
     return _whole(panels)
 
 
@@ -172,18 +174,18 @@ def plot_against(grid: GridResults, x: str, leave_out: Sequence[str] = ("start",
     """
     metrics, places = [metric for metric in grid.metrics if metric != x], grid.of(x)
     if not metrics:
-        return _absent(x, "this grid has no other metric")
+        return _absent(literal(x), "this grid has no other metric")
     figure = Figure(figsize=(1 + 3.6 * len(metrics), 4), layout="constrained")
     panels = dict(zip(metrics, figure.subplots(1, len(metrics), squeeze=False)[0], strict=True))
     for metric, axes in panels.items():
-        plain(axes).set(title=metric, xlabel=x, ylabel="mean over seeds, 95% interval")
+        plain(axes).set(title=literal(metric), xlabel=literal(x), ylabel="mean over seeds, 95% interval")
         table = grid.of(metric)
         shown = table[table.index.isin(places.index) & ~table.index.isin(leave_out)]
         series = shown.groupby(shown["baseline"].fillna(""), sort=False)
         for (baseline, cells), color in zip(series, itertools.cycle(COLORS)):
             _points(axes, cells, places, grid.by_seed(metric), grid.by_seed(x), color)
             if series.ngroups > 1:
-                axes.plot([], [], "o", color=color, label=f"beside {baseline}")
+                axes.plot([], [], "o", color=color, label=f"beside {literal(baseline)}")
         if series.ngroups > 1:
             axes.legend(frameon=False)
     return figure
@@ -201,7 +203,8 @@ def _points(
         axes.plot([place], [mean], "o", color=color)
         axes.plot([place, place], [low, high], color=color)
         if not fixed[cell]:
-            axes.annotate(cell, (place, mean), (8, -12), textcoords="offset points", fontsize="small", color="0.2")
+            name = literal(cell)
+            axes.annotate(name, (place, mean), (8, -12), textcoords="offset points", fontsize="small", color="0.2")
     joined = places["mean"][cells.index][fixed].sort_values()
     axes.plot(joined, cells["mean"][joined.index], color=color, linewidth=0.8)
 
@@ -211,7 +214,7 @@ def _panels(metrics: Sequence[str], cells: Sequence[str]) -> dict[str, Axes]:
     figure = Figure(figsize=(2 + 3 * len(metrics), 1.2 + 0.4 * len(cells)), layout="constrained")
     panels = dict(zip(metrics, figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0], strict=True))
     first = panels[metrics[0]]
-    first.set_yticks(range(len(cells)), cells)
+    first.set_yticks(range(len(cells)), [literal(cell) for cell in cells])
     first.invert_yaxis()
     return panels
 
@@ -309,6 +312,12 @@ def finish(axes: Axes) -> Figure:
     assert isinstance(figure, Figure)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def _curve(axes: Axes, values: pd.Series[float], color: str, label: str, style: str = "-") -> None:
+    """A line by optimizer step; a point where there is one value only, of which a line shows nothing."""
+    alone = values.count() == 1
+    axes.plot(values.index, values, style, marker="o" if alone else None, color=color, label=label)
 
 
 def _line_with_error(axes: Axes, means: pd.DataFrame, color: str, label: str, style: str = "-") -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bvpo.module import BVPO
+from bvpo.monitor import GradientMonitor
 from bvpo.task_accuracy import TaskAccuracy, standard_error
 from bvpo.traces import MODES
+from bvpo.window import GradientWindow
 
 SHOWN = {  # key → its name and format on the progress bar
     "loss/mixed": ("loss", ".3f"),
@@ -76,8 +78,8 @@ def print_report(trainer: L.Trainer, module: BVPO, root: str, console: Console |
     console.print(_mixing_table(module))
     # `trainer.log_dir` would ask all processes
     folder = getattr(trainer.logger, "log_dir", None) or trainer.default_root_dir
-    console.print(f"run folder   {folder}", soft_wrap=True)
-    console.print(f"curves       tensorboard --logdir {root}", soft_wrap=True)
+    console.out(f"run folder   {folder}", highlight=False)  # as it is: a name may look like markup
+    console.out(f"curves       tensorboard --logdir {root}", highlight=False)
 
 
 def _accuracy_table(accuracy: TaskAccuracy) -> Table:
@@ -103,9 +105,28 @@ def _percent(values: Tensor, sign: str = "") -> str:
     return f"{100 * float(values.mean()):{sign}.1f} ± {100 * standard_error(values):.1f}"
 
 
+def held(monitor: GradientMonitor | None) -> str:
+    """What the windows hold, for the table's title; nothing where there are none."""
+    if monitor is None:
+        return ""
+    steps = _count(_steps(monitor.window), "step")
+    anchored = monitor.anchored
+    return f", last {steps}" + ("" if anchored is None else f", α̂ of {_count(_steps(anchored), 'measurement')}")
+
+
+def _steps(window: GradientWindow) -> int:
+    """Optimizer steps whose units a window holds."""
+    held = window.steps[: min(int(window.seen), window.capacity)]
+    return len(held.unique())
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def _mixing_table(module: BVPO) -> Table:
     metrics, rows = module.metrics, module.batch_rows
-    table = Table(title=f"Gradients, optimizer batch of {rows} rows, last {module.mixing.window} steps")
+    table = Table(title=f"Gradients, optimizer batch of {rows} rows{held(module.monitor)}")
     for column in ("quantity", "value", "meaning"):
         table.add_column(column, justify="right" if column == "value" else "left")
 

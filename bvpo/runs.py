@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import csv
 import fcntl
-import io
 import itertools
 import json
 import logging
 import os
 import platform
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from bvpo.checkpoints import LAST, PREVIOUS, remove_partial_files, replacing, write_whole
 from bvpo.errors import UserError
+from bvpo.run_log import METRICS, EventLogger, MetricsLogger, read_table
 from bvpo.sharded_checkpoints import read_common
 
-FINISHED, METRICS = "finished.json", "metrics.csv"
+FINISHED = "finished.json"
 
 
 @dataclass(frozen=True)
@@ -70,16 +69,22 @@ def claim_version(root: Path) -> int:
 
 
 def _versions(root: Path) -> list[int]:
-    names = [path.name.removeprefix("version_") for path in root.glob("version_*") if path.is_dir()]
+    """Of the run folders. Raises UserError where `root` may not be read."""
+    try:
+        names = [path.name.removeprefix("version_") for path in root.glob("version_*") if path.is_dir()]
+    except OSError as error:
+        raise UserError(f"{root}: runs cannot be looked for there: {error.strerror}") from error
     return [int(name) for name in names if name.isdigit()]
 
 
 def lock_run(folder: Path) -> TextIO:
     """Keep other processes out of a run's folder for as long as the file that is returned is open.
 
-    The system lets go of it when this process ends, however it ends. Raises UserError where another one has it.
+    The system lets go of it when this process ends, however it ends. Raises UserError where another one has it, or
+    nothing can be written in the folder.
     """
-    file = (folder / "lock").open("a+")
+    with _writing(folder):
+        file = (folder / "lock").open("a+")
     os.register_at_fork(after_in_child=file.close)  # processes that prepare batches outlive a killed one, by seconds
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,10 +97,23 @@ def lock_run(folder: Path) -> TextIO:
         ) from error
     except OSError:  # a file system without locks
         return file
-    file.truncate(0)
-    file.write(f"{os.getpid()} on {platform.node()}")
-    file.flush()
+    with _writing(folder):
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
     return file
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Raises UserError where a run's folder takes no file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written in: {error.strerror or error}. A run writes its lock, log and checkpoints "
+            "there: mend that and start again, or start a new run with another --trainer.default_root_dir"
+        ) from error
 
 
 def find_start(root: Path, ckpt_path: str | None, limits: Mapping[str, Any]) -> Start:
@@ -109,20 +127,24 @@ def find_start(root: Path, ckpt_path: str | None, limits: Mapping[str, Any]) -> 
         limits: What ends the run, as `mark_finished` was given it.
 
     Raises:
-        UserError: There is no such checkpoint, or it cannot be read.
+        UserError: There is no such checkpoint, it cannot be read, or it has taken more steps than are asked for.
     """
     if ckpt_path is None:
         return Start()
+    limit = limits["max_steps"]
     if ckpt_path != "last":
         path = Path(ckpt_path)
-        if not path.exists():
-            raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint")
-        return Start(path, step=read_common(path)["global_step"])
+        if not os.path.exists(path):  # `Path.exists` raises for names too long and folders that may not be read
+            raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint, or it may not be read")
+        step = read_common(path)["global_step"]
+        if 0 <= limit <= step:
+            raise UserError(f"--ckpt_path {ckpt_path}: has taken {step} optimizer steps: raise max_steps, now {limit}")
+        return Start(path, step=step)
     version = max(_versions(root), default=None)
     if version is None:
         return Start(said=f"--ckpt_path last: there is no run under {root} yet; this one starts from the start")
     folder = root / f"version_{version}"
-    mark, torn = _mark_of(folder), ""
+    mark, torn, before_end = _mark_of(folder), "", False
     if mark is None:
         mark, torn = {}, f"; {FINISHED} in it cannot be read and counts as absent"
     for path in (folder / "checkpoints" / LAST, folder / "checkpoints" / PREVIOUS):
@@ -131,13 +153,17 @@ def find_start(root: Path, ckpt_path: str | None, limits: Mapping[str, Any]) -> 
         state = read_common(path)
         step = state["global_step"]
         ended = mark.get("step") == step
-        if ended and (mark.get("limits") == limits or 0 <= limits["max_steps"] <= step):
-            return Start(
-                path, version, step, True, f"{folder}: finished, {step} optimizer steps; nothing is left to do"
-            )
-        if ended or step != state.get("total_steps") or limits["max_steps"] > step:
+        if ended and (mark.get("limits") == limits or 0 <= limit <= step):
+            said = f"{folder}: finished, {step} optimizer steps; nothing is left to do"
+            return Start(path, version, step, True, said)
+        if 0 <= limit < step:
+            said = f"{folder}: has taken {step} optimizer steps, and max_steps is {limit}: nothing is done"
+            return Start(path, version, step, True, said)
+        at_end = state.get("stopped") or step == limit or (step == state.get("total_steps") and limit < step)
+        if ended or before_end or not at_end:
             said = f"{folder}: goes on behind optimizer step {step} ({path.name}){torn}"
             return Start(path, version, step, said=said)
+        before_end = True
     kept = f"; its log so far is kept in {aside.name}" if (aside := _aside(folder)) else ""
     said = f"{folder}: has no checkpoint from before its end yet; it starts from the start{kept}{torn}"
     return Start(version=version, said=said)
@@ -151,7 +177,7 @@ def mark_finished(folder: Path, step: int, limits: Mapping[str, Any]) -> None:
 
 def note_ranks(folder: Path, ranks: int) -> None:
     """Note how many processes train in a run's folder; `devices: auto` in its config.yaml does not say."""
-    with replacing(folder / "ranks.json") as file:
+    with _writing(folder), replacing(folder / "ranks.json") as file:
         write_whole(file, json.dumps({"ranks": ranks}).encode())
 
 
@@ -209,12 +235,13 @@ def flat_options(options: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]
 def run_loggers(root: Path, version: int, resumed_at: int | None) -> list[Logger]:
     """TensorBoard and CSV in the run's folder; a resumed run keeps what was logged before its checkpoint's step."""
     folder = root / f"version_{version}"
-    if resumed_at is not None:
-        remove_partial_files(folder)
-    if resumed_at == 0 and (aside := _aside(folder)):
-        os.replace(folder / METRICS, aside)
-    events = EventLogger(root, name="", version=version, default_hp_metric=False, purge_step=resumed_at)
-    return [events, MetricsLogger(folder / METRICS, resumed_at or 0)]
+    with _writing(folder):
+        if resumed_at is not None:
+            remove_partial_files(folder)
+        if resumed_at == 0 and (aside := _aside(folder)):
+            os.replace(folder / METRICS, aside)
+        events = EventLogger(root, name="", version=version, default_hp_metric=False, purge_step=resumed_at)
+        return [events, MetricsLogger(folder / METRICS, resumed_at or 0)]
 
 
 class ConfigSaver(SaveConfigCallback):
@@ -230,107 +257,15 @@ class ConfigSaver(SaveConfigCallback):
             write_whole(file, self.parser.dump(self.config, skip_none=False).encode())
 
 
-class EventLogger(TensorBoardLogger):
-    """TensorBoard events, handed to the system step by step: a killed run loses none."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics(metrics, step)  # type: ignore[arg-type]
-        self.experiment.flush()
-
-
-class MetricsLogger(Logger):
-    """`metrics.csv`: a row a call, a column a log key, in alphabetical order.
-
-    A row is appended in one write. A new key takes another header, so the file is written anew and renamed into its
-    place. A kill leaves the rows that were logged; a torn last row is cut off when the run goes on.
-
-    Args:
-        path: Of the file.
-        resumed_at: Rows of this step and later ones come again: what the file has of them is dropped.
-    """
-
-    def __init__(self, path: Path, resumed_at: int = 0) -> None:
-        super().__init__()
-        self.path = path
-        self._columns: list[str] = []
-        if path.exists():
-            columns, rows = read_table(path)
-            self._write(columns, [row for row in rows if int(row["step"]) < resumed_at])
-
-    @property
-    def name(self) -> str:
-        return ""
-
-    @property
-    def version(self) -> str:
-        return self.path.parent.name
-
-    @property
-    def save_dir(self) -> str:
-        return str(self.path.parent.parent)
-
-    @rank_zero_only
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """config.yaml has them."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a row. Raises UserError where the disk does not take it; the rows before it remain."""
-        assert step is not None
-        row = {key: float(value) for key, value in metrics.items()} | {"step": step}
-        try:
-            if new := row.keys() - set(self._columns):
-                rows = read_table(self.path)[1] if self._columns else []
-                self._write(sorted([*self._columns, *new]), [*rows, row])
-            else:
-                self._append(_csv(self._columns, [row]))
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: step {step} cannot be logged: {error.strerror}. What is in the file is kept: make room "
-                "and go on with --ckpt_path last"
-            ) from error
-
-    def _append(self, line: bytes) -> None:
-        with self.path.open("ab", buffering=0) as file:
-            end = file.tell()
-            try:
-                write_whole(file, line)
-            except BaseException:
-                file.truncate(end)
-                raise
-
-    def _write(self, columns: list[str], rows: list[dict[str, Any]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as file:
-            write_whole(file, _csv(columns, rows, header=True))
-        self._columns = columns
-
-    @rank_zero_only
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """Wait until the disk has the rows too, not only the checkpoint that stands for them."""
-        with suppress(OSError), self.path.open("ab") as file:
-            os.fsync(file.fileno())
-
-
-def _csv(columns: list[str], rows: list[dict[str, Any]], header: bool = False) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns)
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def whole_lines(path: Path) -> str:
-    """A table's text; what stands behind the last line break was torn by a kill."""
-    return path.read_bytes().rpartition(b"\n")[0].decode()
-
-
-def read_table(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and whole rows, as text."""
-    reader = csv.DictReader(io.StringIO(whole_lines(path), newline=""))
-    rows = list(reader)
-    return list(reader.fieldnames or []), rows
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's resolved options, as `ConfigSaver` wrote them. Raises UserError where the file is damaged."""
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (ValueError, yaml.YAMLError):
+        options = None
+    if not isinstance(options, dict) or not options:
+        raise UserError(f"{path}: expected the run's options: the file is damaged; put a copy of it there")
+    return options
 
 
 def quiet_lightning() -> None:

@@ -99,9 +99,9 @@ def print_summary(summary: Summary, output: str, work: Path, console: Console | 
             "wants it, or without log-probability, and left out",
             soft_wrap=True,
         )
-    console.print(f"rows        {output}", soft_wrap=True)
+    console.out(f"rows        {output}", highlight=False)  # as it is: a name may look like markup
     if summary.rows:
-        console.print(f"look first  python -m bvpo.doctor --data.train {output} ...", soft_wrap=True)
+        console.out(f"look first  python -m bvpo.doctor --data.train {output} ...", highlight=False)
     else:
         console.print(
             "no row      nothing can be trained on this: no prompt gave the pairs of a row. Raise --max_new_tokens "

@@ -348,6 +348,33 @@ def test_the_files(tmp_path: Path) -> None:
     assert fits_csv(VALUES).splitlines()[:3] == ["cell,seed,metric,value", "a,0,x,1.0", "a,1,x,2.0"]
 
 
+def test_values_that_are_equal_but_for_their_rounding_have_no_error() -> None:
+    """0.3 − 0.1 and 0.4 − 0.2 differ in the last bit; their difference is not known to twelve places."""
+    values = {"a": {0: {"x": 0.1}, 1: {"x": 0.2}}, "b": {0: {"x": 0.3}, 1: {"x": 0.4}}}
+    entries = compare(values, {"a": "a", "b": "a"}, METRICS)
+    assert entries[1].difference is not None and entries[1].difference.standard_error  # the mean's, above 0
+    assert table_markdown(entries, "").splitlines()[-1] == "| b | 2 | 0.350 ± 0.050 | +0.2000 [+0.2000, +0.2000] |"
+
+
+def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
+    names = ["$x_$", "a$\\frac$b", "one $", "$$"]
+    assert all(ablation_table.literal(name).replace("\\$", "$") == name for name in names)
+    entries = compare(dict.fromkeys(names, VALUES["a"]), dict.fromkeys(names, names[0]), METRICS)
+    ablation_table.plot(entries, tmp_path / "table.png")
+
+
+@pytest.mark.parametrize("name", ["[b]out[/b]", "out[", ":warning:"])
+def test_what_was_written_is_named_as_it_is(
+    name: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {cell: {0: {"loss": 0.5}} for cell in ("a", "b")}
+    monkeypatch.setattr(ablate, "results", lambda grid: found)
+    output = tmp_path / name
+    assert ablate.main([str(write()), "--report", f"--output={output}"]) == 0
+    files = ", ".join(str(output / file) for file in ("table.csv", "fits.csv", "table.md", "table.png"))
+    assert f"written: {files}\n" in capsys.readouterr().out
+
+
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
     from bvpo.ablation_table import plot
 

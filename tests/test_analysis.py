@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,9 +280,27 @@ def test_a_run_without_statistics_can_be_drawn(plot: Callable[[Run], Figure], tm
         plot(run).savefig(tmp_path / "plot.png")
 
 
+def test_the_pictures_are_drawn_of_runs_alone(tmp_path: Path) -> None:
+    program = Path(__file__).parent.parent / "docs" / "images" / "draw.py"
+    environment = os.environ | {"PYTHONPATH": str(program.parents[2])}
+    words = [sys.executable, str(program), str(tmp_path)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}: no metrics.csv in this folder")
+    assert "Traceback" not in done.stderr
+
+
 def test_figures_say_what_is_absent() -> None:
     assert "needs --model.mixing.anchor marginal" in texts(plots.plot_trace_variance(run_of(2)))
     assert "need --model.mixing.anchor trace" in texts(plots.plot_batch_sizes(run_of(2, "marginal")))
+    assert "it needs --model.mixing.window" in texts(plots.plot_variance(run_of(3, window=0)))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_figures_of_a_single_step_are_points(steps: int) -> None:
+    keys: dict[str, Any] = {f"variance__{name}": [1.0] * steps for name in ("trace", "empty", "mixed")}
+    for figure, lines in ((plots.plot_variance(run_of(steps, **keys)), 3), (plots.plot_alpha(run_of(steps)), 1)):
+        assert [line.get_marker() for line in figure.axes[0].lines] == ["o" if steps == 1 else "None"] * lines
 
 
 @pytest.mark.parametrize(("reused", "intervals"), [(0.0, 1), (0.1, 0)])
@@ -345,6 +366,17 @@ def test_a_grid_is_read_as_it_was_written(grid: GridResults) -> None:
 def test_a_folder_without_tables_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"table.csv: there is no such file; python -m bvpo.ablate GRID.yaml --report"):
         read_grid(tmp_path)
+
+
+def test_dollars_in_names_are_no_formula(tmp_path: Path) -> None:
+    """Between two of them matplotlib would read a formula, and refuse this one."""
+    values = {"$x_$": {0: {"$y_$": 1.0, "$z_$": 2.0}}, "a$b_$": {0: {"$y_$": 1.5, "$z_$": 2.5}}}
+    metrics = (Metric("$y_$", ("y",)), Metric("$z_$", ("z",)))
+    write(compare(values, {"$x_$": None, "a$b_$": "$x_$"}, metrics), values, "", tmp_path)
+    grid = read_grid(tmp_path)
+    for figure in (plots.plot_cells(grid), plots.plot_differences(grid), plots.plot_against(grid, "$y_$")):
+        figure.savefig(tmp_path / "plot.png")
+        assert r"\$z_\$" in texts(figure)
 
 
 def test_differences_are_drawn_as_they_are_in_the_table(grid: GridResults) -> None:

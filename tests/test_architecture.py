@@ -26,7 +26,7 @@ LAYERS = [  # a file imports from the lines above its own only
         "moments",
         "order",
     ],
-    ["optimization", "remote", "sharded_checkpoints", "stopping", "traces"],
+    ["optimization", "remote", "run_log", "sharded_checkpoints", "stopping", "traces"],
     ["generation", "head", "model_card", "packing", "pairing", "reading"],
     ["attention_kernels", "benchmark", "derived_pairs", "response_variance", "row_writer", "selection"],
     ["anchor", "attention", "backends", "mixing", "prompts", "rows", "sample_report", "window"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+SMALL_STEP = "--repeats=1 --rows=1 --layers=1 --hidden=128 --vocabulary=512"
+RUNS = [  # every script and every kind of work that it has, as small as its options allow
+    "coverage truth",
+    "generation --prompts=2 --responses=2 --alone=2 --rounds=1",
+    "generation --model=large --prompts=2 --responses=2 --alone=1 --rounds=1",
+    "monitor_cost --steps=22",
+    "packed --pairs=1 --rounds=1",
+    "packed --pairs=1 --profile --dtype=bfloat16",
+    "scaling --axes rows --repeats=1 --reference=cached",
+    f"step --dtype=fp32 {SMALL_STEP} --only trl-live trl-cached joint-cached padded-cached+α̂ packed-live+α̂",
+    f"step --dtype=bf16 {SMALL_STEP} --only padded-live packed-cached",
+    "tokenize_rows --rows=60",
+    "tokenize_rows --rows=60 --parquet",
+    "trace_share --prompts=24 --samples=8",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +41,43 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
 def test_a_benchmark_can_be_imported(name: str) -> None:
     assert importlib.import_module(name).__doc__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUNS)
+def test_a_benchmark_runs(command: str, tmp_path: Path) -> None:
+    name, *options = command.split()
+    wanted = bool({"truth", "--profile"}.isdisjoint(options))  # else it prints, and keeps nothing
+    words = [sys.executable, str(FOLDER / f"{name}.py"), *options, *(["--json=figures.json"] if wanted else [])]
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() and "cannot run and is left out" not in done.stdout
+    assert not wanted or json.loads((tmp_path / "figures.json").read_text())["versions"]
+
+
+@pytest.mark.slow
+def test_the_tables_of_many_draws_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    coverage = importlib.import_module("coverage")
+    monkeypatch.setattr(coverage, "RUNS", 2)
+    coverage.intervals()
+    coverage.descent(steps=2, seeds=2)
+
+
+def test_every_benchmark_is_run() -> None:
+    programs = {path.stem for path in FOLDER.glob("*.py") if "__main__" in path.read_text()}
+    assert {command.split()[0] for command in RUNS} == programs
+
+
+@pytest.mark.parametrize("steps", ["8", "20", "41"])
+def test_steps_that_leave_no_pairs_to_compare_are_refused_before_the_fit(
+    steps: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["monitor_cost.py", "--steps", steps])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("monitor_cost").main()
+    assert ended.value.code == 2
+    assert f"--steps {steps}: must be even and over 20" in capsys.readouterr().err
 
 
 class Enough(Exception):

@@ -5,6 +5,7 @@ Rows are written with the chat templates that `trl` ships and DeepSeek's tokeniz
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -520,6 +521,34 @@ def test_the_json_document(run: Callable[..., int], capsys: pytest.CaptureFixtur
     assert document["memory"]["total"] > document["memory"]["parameters"] > 0
     labels = next(check for check in document["checks"] if check["name"] == "labels")
     assert labels["status"] == "pass"
+
+
+def test_a_stdout_that_is_not_utf_8_takes_everything(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The document is whole there too: in ASCII, JSON writes characters as numbers."""
+    options = ["--rows=1", "--model_checks=false"]
+    shown = []
+    for more in ([], ["--json"]):
+        written = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", written)
+            assert run(*options, *more) == 0
+        shown.append(cast(io.BytesIO, written.buffer).getvalue().decode("ascii"))
+    assert "? prompt, " in shown[0]
+    assert run(*options, "--json") == 0
+    assert json.loads(shown[1]) == json.loads(capsys.readouterr().out)
+
+
+def test_interrupted_it_says_so(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "diagnose", interrupt)
+    assert run() == 130
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
 
 
 def test_exit_codes(

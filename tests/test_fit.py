@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -153,6 +155,9 @@ BAD_INPUT = {  # an option that a user may get wrong, and what the message must 
     "fp8": ("--trainer.precision=transformer-engine", "use bf16-mixed"),
     "checkpoints elsewhere": ("--checkpoint.dirpath={folder}/checkpoints", "--trainer.default_root_dir a place"),
     "a link for a checkpoint": ("--checkpoint.save_last=link", "files of their own"),
+    "a fast run": ("--trainer.fast_dev_run=true", "--trainer.max_steps 1 instead"),
+    "a seed that is to be drawn": ("--seed_everything=true", "give a number"),
+    "another encoding": ("--config={folder}/latin.yaml", "byte 0xfc at 14 is no utf-8"),
     "negative learning rate": ("--model.learning_rate=-1", "learning_rate must be ≥ 0"),
 }
 
@@ -170,6 +175,7 @@ def broken_folder(tmp_path: Path, llama_folder: Path) -> Path:
     datasets.Dataset.from_list(rows).select([]).to_parquet(tmp_path / "none.parquet")
     (tmp_path / "hollow").mkdir()
     (tmp_path / "hollow" / "config.json").write_text((llama_folder / "config.json").read_text())
+    (tmp_path / "latin.yaml").write_bytes("threads: 1 # für".encode("latin-1"))
     (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
     return tmp_path
 
@@ -206,6 +212,51 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert fit.main([f"--ckpt_path={run / 'checkpoints/last.ckpt'}", *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the checkpoint is of") and "--model.policy" in error
+
+
+@pytest.mark.parametrize(
+    ("option", "package"),
+    [
+        (f"--config={ALPACA.parent / 'scale' / 'wandb.yaml'}", "wandb"),
+        ("--trainer.accelerator=tpu", "torch_xla"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(
+    option: str, package: str, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if find_spec(package):
+        pytest.skip(f"{package} is installed")
+    assert fit.main([f"--model.policy={llama_folder}", f"--trainer.default_root_dir={tmp_path}", option]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: an option needs a package that is not installed: Requirement '{package}")
+    assert "pip install" in error
+
+
+def test_a_score_that_is_not_logged_ends_the_fit_with_one_line(
+    llama_folder: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {
+        "model.policy": llama_folder,
+        "data.train": pairs_file,
+        "data.validation": pairs_file,
+        "trainer.accelerator": "cpu",
+        "trainer.max_epochs": 1,
+        "trainer.default_root_dir": tmp_path,
+        "trainer.callbacks": "lightning.pytorch.callbacks.EarlyStopping",
+        "trainer.callbacks.monitor": "val_loss",
+    }
+    assert fit.main([f"--{key}={value}" for key, value in options.items()]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: Early stopping conditioned on metric `val_loss` which is not available")
+    assert "validation/loss/mixed" in error
+
+
+def test_a_stdout_that_is_not_utf_8_takes_the_report(fit_llama: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    run = fit_llama("--trainer.max_steps=1")
+    shown = written.getvalue().decode("ascii")
+    assert "? in use" in shown and f"run folder   {run}" in shown
 
 
 def test_the_command_itself_ends_without_a_traceback(tmp_path: Path) -> None:
