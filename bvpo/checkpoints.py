@@ -217,6 +217,7 @@ class StepCheckpoint(ModelCheckpoint):
     _step_of_last = _step_of_top = 0  # whose checkpoints were written last; none is needed before the first step
     _in_step = False
     _stop_asked = False
+    _stopped = False  # the run ends behind this step because that was asked for: only measurements follow
     _validation_due = False  # at this step's end; until the next step begins, also when it is done
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -234,7 +235,7 @@ class StepCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Raises UserError where epochs end, or scores come, in the middle of a step."""
         super().on_train_start(trainer, pl_module)
-        self._total_steps, self._stop_asked = pl_module.total_steps, False
+        self._total_steps, self._stop_asked, self._stopped = pl_module.total_steps, False, False
         self._check_cut(trainer, pl_module.accumulate)
         if self._validation_due:
             pl_module.on_train_start()  # Lightning calls it behind the callbacks, and the validation needs the windows
@@ -273,7 +274,7 @@ class StepCheckpoint(ModelCheckpoint):
                 self._step_of_top = trainer.global_step
             self.save(trainer)
         ends = trainer.global_step >= self._total_steps  # only measurements follow
-        if ends or (self._stop_asked and trainer.fit_loop._can_stop_early):
+        if ends or self._stopped:
             self.save(trainer)
         trainer.should_stop = self._stop_asked
 
@@ -283,6 +284,7 @@ class StepCheckpoint(ModelCheckpoint):
         assert loop._data_fetcher is not None
         self._hold_stop(trainer)  # it would make a validation due that a run without the stop does not have
         self._in_step, self._validation_due = False, loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        self._stopped = self._stop_asked and loop._can_stop_early
 
     def _hold_stop(self, trainer: L.Trainer) -> None:
         self._stop_asked |= trainer.should_stop
@@ -322,7 +324,8 @@ class StepCheckpoint(ModelCheckpoint):
             super().on_exception(trainer, pl_module, exception)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint |= {"total_steps": self._total_steps, "validation_due": self._validation_due}
+        checkpoint |= {"total_steps": self._total_steps, "stopped": self._stopped}
+        checkpoint["validation_due"] = self._validation_due
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._validation_due = checkpoint.get("validation_due", False)

@@ -7,7 +7,9 @@ Nothing is sampled: the pairs are made of what the rows hold. The output has tra
 from __future__ import annotations
 
 import filecmp
+import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,19 +35,27 @@ def derive(rows: str, pairs: DerivedPairs, output: Path, think: ThinkFormat) -> 
     Raises:
         UserError: A row lacks a field, the file cannot be read or written, or one would overwrite the other.
     """
-    fresh = output.with_name(f"{output.stem}.new{output.suffix}")
     if output.suffix not in (".parquet", ".jsonl"):
         raise UserError(f"output {output}: expected a .parquet or .jsonl file")
-    if any(path.exists() and Path(rows).exists() and path.samefile(rows) for path in (output, fresh)):
+    if output.is_dir():
+        raise UserError(f"output {output}: is a folder; give a file that ends in .parquet or .jsonl")
+    if output.exists() and Path(rows).exists() and output.samefile(rows):
         raise UserError(f"output {output}: would overwrite {rows}, which the rows are read from; give another file")
     source = load_rows(rows, one_sided=True)
+    fresh = None
     try:
-        written = write_rows(fresh, _derived(source, rows, pairs, think), LEFT_OUT)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(output.suffix, f".{output.stem}.", output.parent)  # no file of the user's
+        os.close(handle)
+        written = write_rows(fresh := Path(name), _derived(source, rows, pairs, think), LEFT_OUT)
         if not output.exists() or not filecmp.cmp(fresh, output, shallow=False):
             fresh.replace(output)  # an equal file keeps its date, and with it what is cached of its rows
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror or error}") from error
     finally:
-        with suppress(OSError):
-            fresh.unlink()
+        if fresh is not None:
+            with suppress(OSError):
+                fresh.unlink()
     return len(source), written
 
 

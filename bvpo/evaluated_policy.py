@@ -60,7 +60,7 @@ def find_policy(choice: str, output: str, name: str | None = None) -> Policy:
     folder, noted, content = Path(output) / "policy", Path(output) / "policy.json", _content(file)
     if not noted.exists():
         write_json(noted, asdict(Checkpoint(str(file), read_trained(path).step, content)))
-    checkpoint = Checkpoint(**json.loads(noted.read_text()))
+    checkpoint = _noted(noted, folder)
     if checkpoint.content != content:
         raise UserError(
             f"{output}: holds answers of {checkpoint.path} at step {checkpoint.step}, and {file} is another checkpoint "
@@ -70,6 +70,19 @@ def find_policy(choice: str, output: str, name: str | None = None) -> Policy:
         export(path, folder)
     run = file.parent.parent.name if file.parent.name == "checkpoints" else file.stem
     return Policy(str(folder), name or f"{run or file.stem}-step_{checkpoint.step}", asdict(checkpoint))
+
+
+def _noted(path: Path, folder: Path) -> Checkpoint:
+    """Which checkpoint the folder was made of. Raises UserError where the file does not say."""
+    try:
+        found = json.loads(path.read_text())
+        checkpoint = Checkpoint(found["path"], int(found["step"]), found["content"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: expected which checkpoint {folder} was made of: the file is damaged; delete both, they are made "
+            "again, and responses of another checkpoint are noticed"
+        ) from error
+    return checkpoint
 
 
 def _content(file: Path) -> str:

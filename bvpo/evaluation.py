@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from bvpo import __version__
 from bvpo.alpaca_eval import AlpacaEval
@@ -170,12 +170,22 @@ def _earlier(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
-    if not isinstance(found, dict) or not {"settings", "tasks", "versions"} <= found.keys():
+    if not _is_results(found):
         raise UserError(
             f"{path}: expected the figures of an earlier start: the file is damaged; move it away and start again, all "
             "responses and verdicts are kept"
         )
     return found
+
+
+def _is_results(found: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether it has the form of `evaluation_report.as_json`, as far as a later start reads it."""
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(n), dict) for n in ("settings", "tasks", "versions")
+    ):
+        return False
+    described, tasks = found["settings"].get("tasks"), found["tasks"].values()
+    return isinstance(described, list) and len(described) == len(tasks) and all(isinstance(t, dict) for t in tasks)
 
 
 class _Shared(Engine):

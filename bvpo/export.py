@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from safetensors import SafetensorError
 from torch import Tensor
@@ -26,7 +28,8 @@ from bvpo.errors import UserError
 from bvpo.lora import LoRA, add_adapters, merge_adapters, without_base
 from bvpo.model_card import model_card
 from bvpo.policy import load_policy, load_tokenizer, resolve_model
-from bvpo.runs import read_table
+from bvpo.run_log import read_table
+from bvpo.runs import read_config
 from bvpo.sharded_checkpoints import MANIFEST, read_whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -71,11 +74,11 @@ def read_trained(run: Path) -> Trained:
 
 
 def _settings(folder: Path, step: int) -> Mapping[str, Any]:
-    """The options in force at a step: a resumed run has saved them anew."""
-    resumed = {int(p.stem.rpartition("_")[2]): p for p in folder.glob("config_resumed_at_*.yaml")}
+    """The options in force at a step: a resumed run has saved them anew. Raises UserError where they are damaged."""
+    resumed = {int(p.stem.rpartition("_")[2]): p for p in folder.glob("config_resumed_at_[0-9]*.yaml")}
     newest = max((start for start in resumed if start < step), default=None)
     path = folder / "config.yaml" if newest is None else resumed[newest]
-    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+    return read_config(path) if path.exists() else {}
 
 
 def trained_model(trained: Trained, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -126,10 +129,12 @@ def export(run: Path, out: Path, dtype: torch.dtype | None = None) -> Trained:
         raise UserError(f"{out}: exists already; give the name of a new folder")
     trained = read_trained(run)
     model, tokenizer = trained_model(trained, dtype), load_tokenizer(trained.policy)
-    partial = None
+    partial = lock = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left(out)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        lock = _lock(partial)
         partial.chmod(0o755)
         _save_model(model, trained.policy, partial)
         tokenizer.save_pretrained(partial)
@@ -147,7 +152,33 @@ def export(run: Path, out: Path, dtype: torch.dtype | None = None) -> Trained:
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
     return trained
+
+
+def _remove_left(out: Path) -> None:
+    """Remove what killed exports to the same folder have left: a model's size each."""
+    for partial in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+        if (lock := _lock(partial)) is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A handle that keeps others from removing a folder until it is closed, or its process is gone.
+
+    None where another process has it, or the file system has no locks.
+    """
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+        else:
+            return handle
+    return None
 
 
 def _save_model(model: PreTrainedModel, policy: str, folder: Path) -> None:

@@ -23,7 +23,8 @@ from bvpo.cell import LOG, CellJob, last_words, locked
 from bvpo.checkpoints import replacing, write_whole
 from bvpo.errors import UserError
 from bvpo.grid import Fit, Grid
-from bvpo.runs import changed_options, read_table
+from bvpo.run_log import read_table
+from bvpo.runs import changed_options
 
 POLL = 0.5  # seconds
 LONG = 60 * 24 * 365  # minutes: submitit's local processes have a limit, and two minutes by default

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,9 @@ from typing import Any
 
 from bvpo.errors import UserError
 
+FIELDS: Mapping[str, Mapping[str, type]] = {  # by a file's name: what the programs that read it rely on
+    "responses": {"seed": int, "text": str, "n_tokens": int, "finish_reason": str}
+}
 SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing
 
 
@@ -49,7 +52,7 @@ class Journal:
             self._file.seek(0, os.SEEK_END)
             self._places: dict[Hashable, tuple[Path, int]] = {}
             for path in sorted(folder.glob(f"{name}*.jsonl")):
-                for place, found in _records(path, key):
+                for place, found in _records(path, key, FIELDS.get(name, {})):
                     self._places.setdefault(found, (path, place))
         except BaseException as error:
             self._file.close()  # and the lock with it
@@ -125,7 +128,9 @@ def _cut_torn_line(path: Path) -> None:
             file.truncate(end)
 
 
-def _records(path: Path, key: Callable[[dict[str, Any]], Hashable]) -> Iterator[tuple[int, Hashable]]:
+def _records(
+    path: Path, key: Callable[[dict[str, Any]], Hashable], fields: Mapping[str, type]
+) -> Iterator[tuple[int, Hashable]]:
     """Places and keys of a file's records; a torn last line, which another writer is still at, is left out."""
     place = 0
     with path.open("rb") as file:
@@ -133,7 +138,10 @@ def _records(path: Path, key: Callable[[dict[str, Any]], Hashable]) -> Iterator[
             if not line.endswith(b"\n"):
                 return
             try:
-                found = key(json.loads(line))
+                record = json.loads(line)
+                found = key(record)
+                if wrong := [field for field, kind in fields.items() if not isinstance(record[field], kind)]:
+                    raise TypeError(wrong)
             except (ValueError, TypeError, KeyError):
                 raise UserError(
                     f"{path}, line {number}: expected one JSON record, found {line[:40]!r}: the file is damaged; "

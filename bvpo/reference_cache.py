@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +144,9 @@ class ReferenceCache:
                 writer.write_table(table)
             unfinished.replace(path)
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            return f"{path}: cannot be written: {error.strerror or error}; make room and start again"
+            with suppress(OSError):  # there may not even be a folder
+                unfinished.unlink()
+            return f"{path}: cannot be written: {error.strerror or error}; make room, or give another reference_cache"
         return ""
 
     def _batches(self, indices: range, batch_size: int, together: bool) -> Iterator[list[int]]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -280,6 +281,15 @@ NAMED: dict[str, Callable[[], Reward]] = {"builtin:tasks": TaskAnswer, "math": M
 # ---------------------------------------------------------------------- a cache
 
 
+def _is_score(text: bytes) -> bool:
+    """Whether a cached value is a finite number or null."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    return value is None or (type(value) in (int, float) and math.isfinite(value))
+
+
 @dataclass(frozen=True)
 class CachedReward(Reward):
     """Another reward's scores, kept in a file, so that scoring goes on where it was killed.
@@ -319,10 +329,32 @@ class CachedReward(Reward):
         with tqdm(total=len(new), desc=progress, disable=progress is None, unit="answer", leave=False) as bar:
             for start in range(0, len(new), self.chunk):
                 part = list(new)[start : start + self.chunk]
-                scores = self.reward.scores([new[key] for key in part])
+                scores = self._checked(self.reward.scores([new[key] for key in part]), len(part))
                 self._append(dict(zip(part, scores, strict=True)))
                 bar.update(len(part))
         return [self._known[key] for key in keys]
+
+    def _checked(self, scores: Any, expected: int) -> list[Score]:
+        """What a reward gave, as floats, whatever numbers they were. Raises UserError where they are no scores."""
+        found = list(scores) if isinstance(scores, Iterable) else []
+        if len(found) != expected:
+            raise UserError(
+                f"reward {self.name}: gave {len(found)} scores to {expected} answers; `scores` must return one each, "
+                "None for an answer that has none"
+            )
+        return [None if score is None else self._number(score) for score in found]
+
+    def _number(self, score: Any) -> float:
+        try:
+            number = math.nan if isinstance(score, str) else float(score)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(
+                f"reward {self.name}: gave an answer the score {score!r:.80}, which is no finite number; return None "
+                "where there is no score"
+            )
+        return number
 
     def _key(self, fingerprint: str, item: Item) -> str:
         content = json.dumps([self.name, fingerprint, asdict(item)], sort_keys=True)
@@ -333,9 +365,9 @@ class CachedReward(Reward):
         known: dict[str, Score] = {}
         for path in sorted(self.folder.glob("scores*.jsonl")):
             for number, line in enumerate(path.read_bytes().splitlines(), 1):
-                if entry := CACHED.fullmatch(line):
+                if (entry := CACHED.fullmatch(line)) and _is_score(entry[2]):
                     known[entry[1].decode()] = json.loads(entry[2])
-                elif not line.startswith(b'{"key"'[: len(line)]):
+                elif entry or not line.startswith(b'{"key"'[: len(line)]):
                     raise UserError(f"{path}, line {number}: expected a score, found {line[:40]!r}; move it away")
         return known
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -74,6 +75,11 @@ class Sampling:
             raise UserError(f"output {self.output}: give a file that ends in .jsonl or .parquet")
         if Path(self.output).is_dir():
             raise UserError(f"output {self.output}: is a folder; give a file that ends in .jsonl or .parquet")
+        with suppress(OSError):  # there is no such file, and prompts may have another kind of name
+            if Path(self.output).samefile(self.prompts):
+                raise UserError(
+                    f"output {self.output}: would overwrite the prompts, which are read from it; give another"
+                )
         _ = self.decoding, self.part
         if self.shard is not None and self.stage == "pairs":
             raise UserError("the rows are made from all shards together: give stage pairs without a shard")

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,22 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError:
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not _sound(found):
         raise UserError(
             f"{path}: expected the settings of the records beside it, found {text[:40]!r}: the file is damaged; delete "
             "it if these records were made with the settings given now, and the folder if not"
         )
     return found
+
+
+def _sound(found: Mapping[str, Any]) -> bool:
+    """Whether date and weights are what they are when this package has written them, or absent."""
+    date, weights = found.get("date"), found.get("weights", {})
+    try:
+        datetime.fromisoformat(date or "2000-01-01")
+    except (TypeError, ValueError):
+        return False
+    return isinstance(weights, dict) and all(isinstance(value, str) for value in weights.values())
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:

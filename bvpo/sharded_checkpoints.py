@@ -14,6 +14,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,10 +43,7 @@ def save_sharded_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     files: dict[str, list[int]] = {}
     failure = ""
     try:
-        if ranks.own() == 0:
-            remove(partial)
-            partial.mkdir(parents=True)
-        ranks.barrier()
+        _make_folder(partial)
         save_file({name: tensor.contiguous().cpu() for name, tensor in slices.items()}, partial / own)
         files[own] = _synced(partial / own)
         if ranks.own() == 0:
@@ -64,12 +62,27 @@ def save_sharded_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     failures = ranks.of_first(failures)
     if failures:
         if ranks.own() == 0:
-            remove(partial)
+            with suppress(OSError):
+                remove(partial)
         kept = next((p.name for p in (path, path.with_name(PREVIOUS)) if p.exists()), None)
         last = "no earlier checkpoint exists" if kept is None else f"{kept} is the last good one and is still there"
         raise UserError(
             f"the checkpoint cannot be written: {failures[0]}; {last}. Make room and go on with --ckpt_path last"
         )
+
+
+def _make_folder(folder: Path) -> None:
+    """An empty one, when the first rank has made it. Raises OSError on all ranks where it cannot."""
+    failure: OSError | None = None
+    if ranks.own() == 0:
+        try:
+            remove(folder)
+            folder.mkdir(parents=True)
+        except OSError as error:
+            failure = error
+    failure = ranks.of_first(failure)
+    if failure is not None:
+        raise failure
 
 
 def _finish(path: Path, partial: Path, shapes: dict[str, list[int]], files: dict[str, list[int]]) -> None:

@@ -32,7 +32,8 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from bvpo.policy import direct_logps, empty_model, load_policy, resolve_model
+from bvpo.errors import UserError
+from bvpo.policy import UNREADABLE, direct_logps, empty_model, load_policy, resolve_model
 from bvpo.sharded_checkpoints import load_sharded_checkpoint, save_sharded_checkpoint
 from bvpo.slices import local, local_rows
 
@@ -184,17 +185,23 @@ def _give_memory(model: nn.Module, device: torch.device, buffers: torch.device) 
 
 @torch.no_grad()
 def _fill(model: PreTrainedModel, name: str) -> None:
-    """Each parameter's own rows, and the buffers that are saved."""
+    """Each parameter's own rows, and the buffers that are saved. Raises UserError where the files cannot be read."""
     tied = set(model.all_tied_weights_keys)  # filled through the name that they share
     wanted = {
         key.replace(".base_layer.", "."): tensor  # as it is called without LoRA adapters
         for key, tensor in model.state_dict(keep_vars=True).items()
         if "lora_" not in key and key not in tied
     }
-    read = _weights(name, model.dtype, wanted)
-    for key, tensor in wanted.items():
-        if (own := local(tensor)).numel():
-            own.copy_(read(key, local_rows(tensor)))
+    try:
+        read = _weights(name, model.dtype, wanted)
+        for key, tensor in wanted.items():
+            if (own := local(tensor)).numel():
+                own.copy_(read(key, local_rows(tensor)))
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{name}: the model's weights cannot be read: {cause}; was it copied completely?") from error
 
 
 def _weights(name: str, dtype: torch.dtype, wanted: dict[str, Tensor]) -> Callable[[str, slice], Tensor]:

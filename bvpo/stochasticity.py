@@ -35,6 +35,7 @@ from bvpo.policy import completion_logps
 from bvpo.response_variance import QUANTITIES, Bootstrap, Draw, Draws, Figures, compare
 from bvpo.sampler import Job, Sampler
 from bvpo.sampling import Sampling
+from bvpo.sampling_settings import read_settings
 from bvpo.traces import MODES, Mode, think_format
 
 SETTINGS = ("policy", "temperature", "top_p", "max_new_tokens", "seed")  # of a folder of responses
@@ -196,13 +197,18 @@ def folder_options(folder: str) -> dict[str, Any]:
     """The options that a folder of responses was sampled with.
 
     Raises:
-        UserError: It is no such folder.
+        UserError: It is no such folder, or its settings are damaged.
     """
-    path = Path(folder) / "settings.json"
-    if not path.is_file() or not folder.rstrip("/").endswith(".work"):
+    settings = read_settings(Path(folder))
+    if not settings or not folder.rstrip("/").endswith(".work"):
         raise UserError(f"{folder}: no folder of responses; give the OUTPUT.work of a python -m bvpo.sample")
-    settings = json.loads(path.read_text())
-    return {name: settings[name] for name in (*SETTINGS, "think")}
+    names = (*SETTINGS, "think")
+    if missing := [name for name in names if name not in settings]:
+        raise UserError(
+            f"{folder}: settings.json does not say {', '.join(missing)}: give what the responses were sampled with as "
+            "options, in place of --responses"
+        )
+    return {name: settings[name] for name in names}
 
 
 # ---------------------------------------------------------------------- output

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
+import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,9 +18,12 @@ import lightning as L
 
 from bvpo import ranks
 from bvpo.checkpoints import StepCheckpoint
+from bvpo.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PARENT = "BVPO_PARENT"  # in the environment: the process whose own those are that it starts meanwhile
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Stopped(BaseException):
@@ -61,14 +68,42 @@ def _lost_batch(error: BaseException) -> bool:
     return isinstance(error, OSError | EOFError) and "torch.multiprocessing.reductions" in modules
 
 
+@contextmanager
+def own_processes() -> Iterator[None]:
+    """Processes that are started in the block, and call `die_with_parent`, end with this one."""
+    os.environ[PARENT] = str(os.getpid())
+    try:
+        yield
+    finally:
+        os.environ.pop(PARENT, None)
+
+
+def die_with_parent() -> None:
+    """Let the system kill this process when the one that started it in `own_processes` is gone, however it went.
+
+    They would wait for it in a collective operation, and hold their memory, for as long as the backend waits. On Linux.
+    Raises UserError where the other one is gone already.
+    """
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        raise UserError(f"process {parent}, which has started this one, is gone")
+
+
 class StopSignals(L.Callback):
     """Handles SIGINT and SIGTERM inside a `with` block; as a callback, it lets a fit come to the end of its step.
 
     Outside of training steps, and when a second signal comes, the process stops at once. Processes that were forked
     from this one, such as those that prepare batches, ignore the signals: the terminal sends Ctrl-C to all of them.
+
+    Attributes:
+        ended: Whether the fit has come to its end, measurements apart.
     """
 
     def __init__(self) -> None:
+        self.ended = False
         self._received: int | None = None
         self._deferred = False
         self._process = os.getpid()
@@ -125,4 +160,18 @@ class StopSignals(L.Callback):
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         if self._received is not None:  # validation may be long: the checkpoint before it has to do
+            raise Stopped(self._received)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.should_stop:
+            self._let_go()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._let_go()
+        self.ended = True
+
+    def _let_go(self) -> None:
+        """Only measurements follow, and they may be long."""
+        self._deferred = False
+        if self._received is not None:
             raise Stopped(self._received)

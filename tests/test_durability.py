@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -26,8 +27,9 @@ from bvpo.checkpoints import AtomicCheckpointIO, read_checkpoint
 from bvpo.data import Microbatches
 from bvpo.errors import UserError
 from bvpo.module import BVPO
-from bvpo.runs import MetricsLogger, changed_options, lock_run
-from bvpo.stopping import outside_cause
+from bvpo.run_log import MetricsLogger
+from bvpo.runs import changed_options, lock_run
+from bvpo.stopping import PARENT, Stopped, die_with_parent, outside_cause, own_processes
 
 STEPS = 13  # of 4 rows in 2 microbatches; 8 an epoch, so that validation comes in the middle
 Command = Callable[..., list[str]]
@@ -710,3 +712,180 @@ def test_a_signal_without_checkpoints_says_so(command: Command, tmp_path: Path) 
     error = (tmp_path / "error.txt").read_text()
     assert "stopped by SIGTERM behind optimizer step 3, without a checkpoint; --checkpoint.save_last is false" in error
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+# ---------------------------------------------------------------------- the end, and what comes behind it
+
+
+class Measure(L.Callback):
+    """What is measured behind a fit's end: a row of its own; in it, the process may get a signal.
+
+    Args:
+        number: Of the signal; 0: none.
+    """
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.number:
+            os.kill(os.getpid(), self.number)
+            time.sleep(0.1)
+        for logger in trainer.loggers:
+            logger.log_metrics({"measured": 1.0}, trainer.global_step)
+
+
+def measured(number: int = 0) -> list[str]:
+    return [f"--trainer.callbacks+={__name__}.Measure", f"--trainer.callbacks.number={number}"]
+
+
+def measurements(run: Path) -> list[str]:
+    """Steps that have one."""
+    path = run / "metrics.csv"
+    return [row["step"] for row in table(run) if row.get("measured")] if path.exists() else []
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
+def test_measurements_behind_a_stop_that_was_asked_for_are_made_up_for(
+    command: Command, tmp_path: Path, number: signal.Signals
+) -> None:
+    """`max_time` and EarlyStopping end a fit as its last step does: here in step 3."""
+    stop = [f"--trainer.callbacks+={__name__}.AskToStop", "--trainer.callbacks.microbatch=5"]
+    options = [*stop, "--checkpoint.every_n_train_steps=1", "--data.validation=null"]
+    run = tmp_path / "version_0"
+    code = in_child(lambda: fit.main(command(tmp_path, *options, *measured(number))))
+    assert code == (143 if number == signal.SIGTERM else -number)
+    assert not measurements(run) and not (run / "finished.json").exists()
+    steps = [read_checkpoint(run / f"checkpoints/{name}.ckpt")["global_step"] for name in ("previous", "last")]
+    assert steps == [2, 3]
+    options = [option.replace("microbatch=5", "microbatch=1") for option in options]  # of what is left
+    assert fit.main(command(tmp_path, *options, *measured(), "--ckpt_path=last")) == 0
+    assert measurements(run) == ["3"] and (run / "finished.json").exists()
+    assert [row["step"] for row in table(run)] == ["0", "1", "2", "3"]
+
+
+def test_fewer_steps_than_were_asked_for_end_in_measurements(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Left behind step 3 of 13: `max_steps` 3 makes this the end, and 2 is less than there is."""
+    options = ["--checkpoint.every_n_train_steps=1", "--data.validation=null"]
+
+    def work() -> int:
+        take = BVPO.training_step
+
+        def step(module: BVPO, batch: Any, batch_idx: int) -> None:
+            if module.global_step == 3:
+                die()
+            take(module, batch, batch_idx)
+
+        pytest.MonkeyPatch().setattr(BVPO, "training_step", step)
+        return fit.main(command(tmp_path, *options))
+
+    run = tmp_path / "version_0"
+    assert in_child(work) == -signal.SIGKILL
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert fit.main(command(tmp_path, *options, "--trainer.max_steps=2", "--ckpt_path=last")) == 0
+    assert "has taken 3 optimizer steps, and max_steps is 2: nothing is done" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert fit.main(command(tmp_path, *options, "--trainer.max_steps=3", "--ckpt_path=last", *measured())) == 0
+    assert "goes on behind optimizer step 2 (previous.ckpt)" in capsys.readouterr().out
+    assert measurements(run) == ["3"] and (run / "finished.json").exists()
+
+
+def test_a_start_that_takes_no_step_is_refused_and_not_finished(
+    command: Command, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = whole / "checkpoints" / "last.ckpt"
+    assert fit.main(command(tmp_path, f"--ckpt_path={last}")) == 2
+    assert f"has taken {STEPS} optimizer steps: raise max_steps, now {STEPS}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    epochs = ["--trainer.max_steps=-1", "--trainer.max_epochs=1"]  # of 8 steps
+    assert fit.main(command(tmp_path, *epochs, f"--ckpt_path={last}")) == 2
+    assert f"no optimizer step was taken: the {STEPS} that are behind this start" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("finished.json"))
+    assert fit.main(command(tmp_path, "--ckpt_path=" + "x" * 300)) == 2
+    assert "there is no such checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_that_has_gone_on_meanwhile_is_left_alone(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two starts find step 1; while one reads its rows, the other trains to step 2 and ends: its rows stay."""
+    given = ["--data.validation=null", "--ckpt_path=last"]
+    assert fit.main(command(tmp_path, *given, "--trainer.max_steps=1")) == 0
+    late, check = command(tmp_path, *given, "--trainer.max_steps=3"), fit.quick_checks
+
+    def slow(data: Any) -> Any:
+        monkeypatch.setattr(fit, "quick_checks", check)
+        assert fit.main(command(tmp_path, *given, "--trainer.max_steps=2")) == 0
+        return check(data)
+
+    monkeypatch.setattr(fit, "quick_checks", slow)
+    assert fit.main(late) == 2
+    assert "version_0: has gone on, or is not the newest run any more, meanwhile" in capsys.readouterr().err
+    assert [row["step"] for row in table(tmp_path / "version_0")] == ["0", "1"]
+    assert fit.main(late) == 0
+    assert [row["step"] for row in table(tmp_path / "version_0")] == ["0", "1", "2"]
+
+
+# ---------------------------------------------------------------------- processes that this one has started
+
+
+@pytest.mark.parametrize("error", [Stopped(signal.SIGTERM), RuntimeError("planted")])
+def test_whatever_ends_the_first_process_ends_the_others(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """A signal between steps too, which is no Exception."""
+    killed: list[int] = []
+
+    def struck(trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        assert os.environ[PARENT] == str(os.getpid())
+        trainer.strategy._launcher = SimpleNamespace(kill=killed.append)  # type: ignore[assignment]
+        raise error
+
+    monkeypatch.setattr(L.Trainer, "fit", struck)
+    if isinstance(error, Stopped):
+        assert fit.main(command(tmp_path)) == 143
+    else:
+        with pytest.raises(RuntimeError, match="planted"):
+            fit.main(command(tmp_path))
+    assert killed == [signal.SIGKILL] and PARENT not in os.environ
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells of a parent's death on Linux alone")
+def test_a_process_ends_with_the_one_that_started_it() -> None:
+    ready, begun = os.pipe()
+    parent = os.fork()
+    if not parent:
+        with own_processes():
+            if not os.fork():
+                die_with_parent()
+                os.write(begun, str(os.getpid()).encode())
+            time.sleep(60)
+            os._exit(0)
+    child = int(os.read(ready, 20))
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    for _ in range(100):
+        if not is_running(child):
+            break
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_process_whose_parent_is_gone_does_not_begin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(PARENT, "1")
+    monkeypatch.setattr("bvpo.stopping.ctypes.CDLL", lambda _: SimpleNamespace(prctl=lambda *_: 0))
+    assert fit.main(["--help"]) == 2
+    assert "process 1, which has started this one, is gone" in capsys.readouterr().err
+    assert PARENT not in os.environ

@@ -20,6 +20,8 @@ from bvpo import evaluate, export, fit
 from bvpo.alpaca_eval import AlpacaEval
 from bvpo.benchmark import final_answer
 from bvpo.engines import TransformersEngine
+from bvpo.errors import UserError
+from bvpo.evaluated_policy import find_policy
 from bvpo.evaluation import Evaluation, run
 from bvpo.evaluation_report import print_figures
 from bvpo.journal import Journal
@@ -373,6 +375,40 @@ def test_damaged_results_are_not_replaced(tmp_path: Path, capsys: pytest.Capture
     assert (output / "results.json").read_text() == '{"settings"'
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"settings": 1, "tasks": 2, "versions": 3}',
+        '{"settings": {}, "tasks": {"builtin": [1]}, "versions": {}}',
+        '{"settings": {"tasks": [{}]}, "tasks": {"builtin": [1]}, "versions": {}}',
+        '{"settings": {"tasks": []}, "tasks": {"builtin": {}}, "versions": {}}',
+    ],
+)
+def test_results_of_another_form_are_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "results.json").write_text(content)
+    error = one_error(command(tmp_path, limit="1", samples="1"), capsys)
+    assert "results.json: expected the figures of an earlier start" in error
+    assert (tmp_path / "results.json").read_text() == content
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"path": "x"}', '{"path": "x", "step": [], "content": ""}']
+)
+def test_a_damaged_note_of_the_checkpoint_is_named(trained: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "policy.json").write_text(content)
+    with pytest.raises(UserError, match=r"policy\.json: expected which checkpoint .* the file is damaged; delete both"):
+        find_policy(str(trained), str(tmp_path))
+
+
+def test_a_note_is_made_again(trained: Path, tmp_path: Path) -> None:
+    found = find_policy(str(trained), str(tmp_path))
+    (tmp_path / "policy.json").unlink()
+    shutil.rmtree(tmp_path / "policy")
+    assert find_policy(str(trained), str(tmp_path)) == found
+
+
 # ---------------------------------------------------------------------- the command line
 
 BAD: dict[str, tuple[dict[str, str], str]] = {
@@ -452,6 +488,23 @@ def test_interrupted_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[st
     monkeypatch.setattr(Journal, "append", interrupt)
     assert evaluate.main(command(tmp_path / "out", limit="2")) == 130
     assert "goes on from there" in capsys.readouterr().err
+
+
+def test_a_long_name_is_folded_and_no_figure_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from bvpo.benchmark_scores import Estimate, Figures
+
+    half, name = Estimate(0.5, 0.123), "my_own_[b]benchmark[/b]_of_questions_from_the_last_examination"
+    own = Figures(1000, 64, 1.0, 0.1, Estimate(32768.0, 1.0), half, half, {64: half}, {})
+    print_figures({name: {"no_thinking": own}}, {}, Console(width=80))
+    *lines, note = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    table = "\n".join(lines)
+    for text in ("no_thinking", "1000 × 64", "50.0 ± 12.3", " 50.0 ", "100.0", "32768", "…"):
+        assert (text in table) is (text != "…")
+    folded = "".join(line.split("no_thinking")[0].strip() for line in lines)
+    assert name in folded and note.startswith(f"{name}, no_thinking: 10.0%")
 
 
 def test_the_table_is_narrow(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from bvpo import __version__, export, fit
 from bvpo.checkpoints import read_checkpoint
 from bvpo.policy import load_policy
-from bvpo.runs import read_table
+from bvpo.run_log import read_table
 from tests.test_durability import in_child, limit_file_size
 
 Fit = Callable[..., Path]
@@ -139,3 +141,24 @@ def test_a_full_disk_leaves_nothing_behind(run: Path, tmp_path: Path) -> None:
     error = (tmp_path / "error.txt").read_text().splitlines()[-1]
     assert error.startswith("error: ") and "cannot be written" in error and "It needs about 0." in error
     assert not list((tmp_path / "models").iterdir())
+
+
+def test_what_killed_exports_have_left_is_removed(run: Path, tmp_path: Path) -> None:
+    """A model's size each; another export's folder that is still written, and other names, stay."""
+    folder = tmp_path / "models"
+
+    def work() -> int:
+        pytest.MonkeyPatch().setattr(export, "_save_model", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        return export.main([str(run), str(folder / "out[1]")])
+
+    for _ in range(2):
+        assert in_child(work) == -signal.SIGKILL
+        (left,) = folder.iterdir()
+        assert left.name.startswith(".out[1].") and left.name.endswith(".partial")
+    for name in (".out1.a.partial", ".out[1].b.partial"):
+        (folder / name).mkdir()
+    lock = export._lock(folder / ".out[1].b.partial")
+    assert lock is not None
+    assert export.main([str(run), str(folder / "out[1]")]) == 0
+    os.close(lock)
+    assert sorted(path.name for path in folder.iterdir()) == [".out1.a.partial", ".out[1].b.partial", "out[1]"]

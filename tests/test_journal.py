@@ -151,6 +151,20 @@ def test_a_damaged_line_is_an_error_that_names_it(tmp_path: Path, damage: bytes)
         assert len(journal) == 2
 
 
+@pytest.mark.parametrize("field", ["seed", "text", "n_tokens", "finish_reason"])
+def test_a_response_without_its_fields_is_a_damaged_line(tmp_path: Path, field: str) -> None:
+    """All that reads `responses` relies on them: evaluations, rows, the measurement of stochasticity."""
+    whole = {"key": "a", "seed": 1, "text": "", "n_tokens": 1, "finish_reason": "stop"}
+    path = tmp_path / "responses.jsonl"
+    for damaged in ({k: v for k, v in whole.items() if k != field}, whole | {field: None}):
+        path.write_text(json.dumps(whole) + "\n" + json.dumps(damaged) + "\n")
+        with pytest.raises(UserError, match=r"responses\.jsonl, line 2: expected one JSON record"):
+            Journal(tmp_path, "responses", lambda record: record["key"])
+    path.write_text(json.dumps(whole) + "\n")
+    with Journal(tmp_path, "responses", lambda record: record["key"]) as journal:
+        assert journal["a"] == whole
+
+
 # --- Two at once ------------------------------------------------------------------------------------------------------
 
 

@@ -152,6 +152,13 @@ def test_a_damaged_file_is_named(train: Train, tmp_path: Path) -> None:
         train(make_rows(8))
 
 
+def test_a_cache_that_is_a_file_is_said(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(UserError, match=r"cache/.*\.arrow: cannot be written: Not a directory"):
+        train(make_rows(4), steps=1)
+    assert (tmp_path / "cache").read_text() == ""
+
+
 def test_another_reference_is_loaded_to_compute_and_then_let_go(
     train: Train, llama_folder: Path, tmp_path: Path, tokenizer: Any
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,13 +14,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
+import torch
 from jsonargparse import ArgumentParser
 
 from bvpo.benchmark import Answer
 from bvpo.errors import UserError
-from bvpo.maths import Maths
+from bvpo.maths import RULES, Maths
 from bvpo.rewards import CachedReward, Item, MathAnswer, Reward, SequenceRewardModel, TaskAnswer, reward
 from bvpo.tasks import answer_sentence, draw_questions
 from tests.conftest import write_rows
@@ -64,6 +68,8 @@ MATHS = [
     ("2", "\\boxed{1} and \\boxed{2}", 0.0),
     ("4.5e33", "\\boxed{4.5 \\times 10^{33}}", 1.0),
     ("1e-3", "\\boxed{0.001}", 1.0),
+    ("1.6e-19", "\\boxed{1.7 \\times 10^{-19}}", 0.0),
+    ("1.6e-19", "\\boxed{1.60 \\times 10^{-19}}", 1.0),
     ("1,-2", "\\boxed{\\frac{-1 \\pm 3}{2}}", 1.0),
     (" ", "1", None),
     ("", "1", None),
@@ -93,7 +99,7 @@ def test_a_score_is_the_evaluations_verdict(tmp_path: Path) -> None:
 def test_other_rules_are_another_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores that were kept under older rules are not taken again."""
     before = MathAnswer().fingerprint
-    monkeypatch.setattr("bvpo.rewards.RULES", 3)
+    monkeypatch.setattr("bvpo.rewards.RULES", RULES + 1)
     assert MathAnswer().fingerprint != before
 
 
@@ -308,3 +314,57 @@ def test_shards_read_each_others_scores_and_write_their_own(tmp_path: Path) -> N
     CachedReward(inner, tmp_path, "2-of-2").scores(ITEMS[:4])
     assert inner.asked == [ITEMS[3].answer]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.1-of-2.jsonl", "scores.2-of-2.jsonl"]
+
+
+@dataclass(frozen=True)
+class Gives(Reward):
+    """A user's reward that gives what it is told to."""
+
+    value: Any = None
+
+    @property
+    def name(self) -> str:
+        return "mine"
+
+    @property
+    def fingerprint(self) -> str:
+        return ""
+
+    def scores(self, items: Sequence[Item], progress: str | None = None) -> Any:
+        return self.value
+
+
+NO_SCORES = {
+    "NaN": ([1.0, math.nan], "gave an answer the score nan, which is no finite number"),
+    "inf": ([1.0, -math.inf], "gave an answer the score -inf, which is no finite number"),
+    "text": (["1.0", None], "gave an answer the score '1.0', which is no finite number"),
+    "a list": ([[1.0], None], "which is no finite number"),
+    "too few": ([1.0], "gave 1 scores to 2 answers"),
+    "too many": ([1.0, 2.0, 3.0], "gave 3 scores to 2 answers"),
+    "none": (None, "gave 0 scores to 2 answers"),
+}
+
+
+@pytest.mark.parametrize("case", NO_SCORES)
+def test_what_is_no_score_is_refused_and_not_kept(tmp_path: Path, case: str) -> None:
+    value, message = NO_SCORES[case]
+    items = [Item(user("?"), answer) for answer in "ab"]
+    with pytest.raises(UserError, match=r"^reward mine: ") as caught:
+        CachedReward(Gives(value), tmp_path / "new").scores(items)
+    assert message in str(caught.value) and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("value", [numpy.array([1, 3], numpy.float32), torch.tensor([1.0, 3.0]), [True, 3], (1.0, 3.0)])
+def test_numbers_of_every_kind_are_scores(tmp_path: Path, value: Any) -> None:
+    items = [Item(user("?"), answer) for answer in "ab"]
+    found = CachedReward(Gives(value), tmp_path).scores(items)
+    assert found == [1.0, 3.0] and all(type(score) is float for score in found)
+    assert CachedReward(Gives(), tmp_path).scores(items) == found
+
+
+@pytest.mark.parametrize("score", ["abc", '"x"', "NaN", "true", ""])
+def test_a_cached_value_that_is_no_number_is_named(tmp_path: Path, score: str) -> None:
+    path = tmp_path / "scores.jsonl"
+    path.write_text(f'{{"key": "a", "score": null}}\n{{"key": "b", "score": {score or " "}}}\n')
+    with pytest.raises(UserError, match=r"scores\.jsonl, line 2: expected a score"):
+        CachedReward(Counting(), tmp_path).scores(ITEMS)

@@ -36,6 +36,8 @@ from bvpo.sampling_settings import PIECE, PIECES, differences, model_files, read
 from bvpo.selection import RowOptions
 from bvpo.traces import split
 from tests.conftest import write_rows
+from tests.test_pairs import ADDING
+from tests.test_pairs import wrapped as sentence_piece
 
 TINY = BUILTIN["builtin:tiny_reasoner"]
 EOS = "<|im_end|>"
@@ -46,11 +48,14 @@ class Scripted(Engine):
     """Answers by seed: a trace that opens its block or, as `openings` has it, does not, and an answer.
 
     Attributes:
+        lead: What every response begins with.
         asked: Prompts of the requests, by all instances.
     """
 
     policy: str = "builtin:tiny_reasoner"
     openings: tuple[str, ...] = ("<think>",)
+    lead: str = ""
+    end: str = EOS
     dtype: str = "float32"
     logprob: float | None = -1.0
     asked: ClassVar[list[Sequence[int]]] = []
@@ -67,7 +72,7 @@ class Scripted(Engine):
             rng = random.Random(request.seed)
             closed = "</think>" in tokenizer.decode(list(request.prompt))
             trace = "" if closed else rng.choice(self.openings) + f"step {rng.randint(0, 9)}</think>"
-            ids = encode_completion(tokenizer, f"{trace}the sum is {rng.randint(8, 99)}.{EOS}")
+            ids = encode_completion(tokenizer, f"{self.lead}{trace}the sum is {rng.randint(8, 99)}.{self.end}")
             end = next(place for place, token in enumerate(ids) if token in stops)
             yield index, Completion(ids[: end + 1], "stop", self.logprob)
 
@@ -206,6 +211,24 @@ def test_a_prompt_that_holds_bos_gives_no_row_and_is_counted(tmp_path: Path) -> 
     assert summary.modes["thinking"].without_pair == {"the prompt holds BOS as text": 1}
     rows = tokenize_rows(load_rows(sampling.output), load_tokenizer(policy), sampling.output, RowOptions())
     assert len(rows) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in ADDING if name != "Llama 2"])  # it adds one behind each tag, too
+def test_a_response_that_begins_with_a_space_is_kept(tmp_path: Path, name: str) -> None:
+    """As those of Llama 2, Mistral and Phi-3 do behind `[/INST]`: the decoder takes off the first space of a text."""
+    tokenizer = sentence_piece(ADDING[name]())
+    folder = copied(tmp_path / "model")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %} [/INST]"
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    end = str(tokenizer.eos_token)
+    own = options(tmp_path, policy=str(folder), backend=Scripted(policy=str(folder), lead=" ", end=end))
+    summary = sample.run(own, progress=False)
+    assert summary is not None and summary.rows > 0
+    responses = [json.loads(line) for line in (own.work / "responses.jsonl").read_text().splitlines()]
+    assert all(response["same_ids"] for response in responses)
+    assert all(row[side].startswith(" <think>") for row in rows_of(own) for side in ("chosen", "rejected"))
+    assert all(row["empty_chosen"].startswith(" the sum is") for row in rows_of(own))
 
 
 def test_a_prompt_that_the_template_refuses_is_named(tmp_path: Path) -> None:
@@ -439,3 +462,27 @@ def test_a_summary_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest
     assert sample.main(arguments) == 2
     error = capsys.readouterr().err
     assert "summary.json: cannot be written: Is a directory. The rows are whole, in" in error and output.exists()
+
+
+DAMAGED = ['{"date": "yesterday"}', '{"date": 3}', '{"weights": [1]}', '{"weights": {"a": [1]}}']
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_settings_of_another_type_are_said(tmp_path: Path, content: str) -> None:
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(UserError, match=r"settings\.json: expected the settings .* the file is damaged; delete it if"):
+        read_settings(tmp_path)
+    for sound in ('{"date": null}', '{"date": "2026-01-02T03:04:05", "weights": {"a": "b"}}'):
+        (tmp_path / "settings.json").write_text(sound)
+        assert read_settings(tmp_path) == json.loads(sound)
+
+
+def test_rows_do_not_take_the_place_of_their_prompts(tmp_path: Path) -> None:
+    """Whatever the file is called: one name, another path to it, a second name of it."""
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": "What is 1 + 1?"}])
+    (tmp_path / "hard.jsonl").hardlink_to(prompts)
+    (tmp_path / "soft.jsonl").symlink_to(prompts)
+    for output in ("p.jsonl", "hard.jsonl", "soft.jsonl", f"../{tmp_path.name}/p.jsonl"):
+        with pytest.raises(UserError, match="would overwrite the prompts"):
+            options(tmp_path, prompts=str(prompts), output=str(tmp_path / output))
+    options(tmp_path, prompts=str(prompts), output=str(tmp_path / "other.jsonl"))

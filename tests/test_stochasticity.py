@@ -331,6 +331,24 @@ def test_the_command_reads_a_folder_of_responses(
     assert mean == pytest.approx(summary["comparisons"]["length"]["thinking"])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"policy"', "settings.json: expected the settings of the records beside it"),
+        ("[]", "settings.json: expected the settings of the records beside it"),
+        ('{"policy": "x", "temperature": 1, "top_p": 1, "max_new_tokens": 8, "seed": 0}', "does not say think"),
+    ],
+)
+def test_a_folder_of_damaged_settings_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    folder = tmp_path / "rows.jsonl.work"
+    folder.mkdir()
+    (folder / "settings.json").write_text(content)
+    assert main(["--responses", str(folder), "--prompts", "builtin:tasks"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_what_a_reader_cannot_use_is_said(
     copied: Sampling, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
