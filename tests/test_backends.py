@@ -370,11 +370,11 @@ def test_a_server_that_dies_half_way_and_comes_back_loses_nothing() -> None:
     ("patience", "most"),
     [
         (Patience(attempts=4, seconds=60, first_delay=0.01, longest_delay=0.02, connect=1, answer=1), 4),
-        (Patience(attempts=10_000, seconds=0.5, first_delay=0.01, longest_delay=0.02, connect=1, answer=1), 60),
+        (Patience(attempts=10_000, seconds=2, first_delay=0.01, longest_delay=0.02, connect=1, answer=1), 240),
     ],
 )
 def test_a_server_that_stays_away_is_given_up_and_answers_are_kept(patience: Patience, most: int) -> None:
-    """Bounded by attempts, and by time."""
+    """Bounded by attempts, and by time: enough of it for the other answers to come on a machine that is busy."""
     with running() as server:
         for request in REQUESTS[5:]:
             server.faults[request.prompt[-1]] = [nothing] * 10_000
@@ -385,7 +385,7 @@ def test_a_server_that_stays_away_is_given_up_and_answers_are_kept(patience: Pat
         ):
             for answer in answers:
                 taken.append(answer)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
         assert dict(taken) == {index: expected(request, logprob=False) for index, request in enumerate(REQUESTS[:5])}
         tries = Counter(asked["seed"] for asked in server.asked)
         assert 1 < max(tries.values()) <= most
