@@ -13,14 +13,12 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from bvpo.errors import UserError
 
-FIELDS: Mapping[str, Mapping[str, type]] = {  # by a file's name: what the programs that read it rely on
-    "responses": {"seed": int, "text": str, "n_tokens": int, "finish_reason": str}
-}
+NO_FIELDS: Mapping[str, type] = MappingProxyType({})
 SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing
 
 
@@ -34,12 +32,20 @@ class Journal:
         name: Of the files; all `name*.jsonl` are read.
         key: What a record is found by. A key that comes again is a repetition, and the first record stands.
         part: Distinguishes this writer's file.
+        fields: What each record must hold, by name, and of which type.
 
     Raises:
         UserError: Another process writes this file, it cannot be written, or a line before the last one is no record.
     """
 
-    def __init__(self, folder: Path, name: str, key: Callable[[dict[str, Any]], Hashable], part: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        key: Callable[[dict[str, Any]], Hashable],
+        part: str = "",
+        fields: Mapping[str, type] = NO_FIELDS,
+    ) -> None:
         self.path, self._key = folder / f"{name}{f'.{part}' if part else ''}.jsonl", key
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +58,7 @@ class Journal:
             self._file.seek(0, os.SEEK_END)
             self._places: dict[Hashable, tuple[Path, int]] = {}
             for path in sorted(folder.glob(f"{name}*.jsonl")):
-                for place, found in _records(path, key, FIELDS.get(name, {})):
+                for place, found in _records(path, key, fields):
                     self._places.setdefault(found, (path, place))
         except BaseException as error:
             self._file.close()  # and the lock with it

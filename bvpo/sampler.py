@@ -38,6 +38,7 @@ from bvpo.sampling_settings import SETTINGS, PromptDigest, agree, model_files, r
 from bvpo.traces import MODES, Mode, render_prompt, template_fingerprint, think_format
 
 Kind = Literal["thinking", "no_thinking", "anchor"]
+FIELDS = {"seed": int, "text": str, "n_tokens": int, "finish_reason": str}  # that a response is read for
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ class Sampler:
                 f"{self.options.work / SETTINGS}: an older version of this package wrote it and did not note "
                 f"{', '.join(sorted(new))}: these are taken to be the same as now"
             )
-        return Journal(self.options.work, "responses", lambda r: (r["prompt"], r["kind"], r["number"]), self.part)
+        return Journal(
+            self.options.work, "responses", lambda r: (r["prompt"], r["kind"], r["number"]), self.part, FIELDS
+        )
 
     @property
     def part(self) -> str:

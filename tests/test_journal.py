@@ -16,6 +16,7 @@ import pytest
 
 from bvpo.errors import UserError
 from bvpo.journal import Journal
+from bvpo.sampler import FIELDS
 
 RECORDS: list[dict[str, Any]] = [
     {"key": "a", "text": "plain"},
@@ -159,9 +160,9 @@ def test_a_response_without_its_fields_is_a_damaged_line(tmp_path: Path, field: 
     for damaged in ({k: v for k, v in whole.items() if k != field}, whole | {field: None}):
         path.write_text(json.dumps(whole) + "\n" + json.dumps(damaged) + "\n")
         with pytest.raises(UserError, match=r"responses\.jsonl, line 2: expected one JSON record"):
-            Journal(tmp_path, "responses", lambda record: record["key"])
+            Journal(tmp_path, "responses", lambda record: record["key"], fields=FIELDS)
     path.write_text(json.dumps(whole) + "\n")
-    with Journal(tmp_path, "responses", lambda record: record["key"]) as journal:
+    with Journal(tmp_path, "responses", lambda record: record["key"], fields=FIELDS) as journal:
         assert journal["a"] == whole
 
 
